@@ -1,0 +1,332 @@
+"""Stage `evaluate`: answer the test prompts with every model variant, and score the answers.
+
+Scores the main task for each variant (a model, with or without worked examples in its prompt) beside three
+baselines that need no model, every task for the variants without such examples (what tuning gained and what it
+forgot), held-out against seen material, and a grid of decoding settings, with 95 % bootstrap intervals.
+
+    python -m tasks.evaluate
+"""
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from tasks.stage import Context, DataError, ParamsError, Section, run_stage
+
+if TYPE_CHECKING:
+    from tasks.data.records import Example
+    from tasks.lm.model import LanguageModel
+    from tasks.metrics.measures import Measures
+    from tasks.metrics.results import Answered, Answers
+
+ORACLE_TOXIC_FROM = 0.5  # the oracle says 0 or 1
+
+
+class Variant(Section):
+    """A folder under models/, and how many worked examples its prompts begin with."""
+
+    model: str
+    shots: NonNegativeInt
+
+
+class Examples(Section):
+    """How many test examples are used, null for all."""
+
+    main_task: PositiveInt | None
+    other_tasks: PositiveInt | None
+    decoding: PositiveInt | None
+
+
+class Oracle(Section):
+    """Toxicity is an insult of the synthetic corpus."""
+
+    backend: Literal["oracle"]
+
+
+class Classifier(Section):
+    """Toxicity is the probability of `label` under a text classifier; `toxic_from` on is toxic."""
+
+    backend: Literal["classifier"]
+    source: str
+    revision: str | None
+    label: str
+    toxic_from: Annotated[float, Field(gt=0, le=1)]
+
+
+class Params(Section):
+    """The section `evaluate` of params.yaml."""
+
+    task: str
+    tuned: str
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
+    examples: Examples
+    generation: dict[str, Any]
+    decoding: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    batch_size: PositiveInt
+    max_prompt_tokens: PositiveInt
+    toxicity: Annotated[Oracle | Classifier, Field(discriminator="backend")]
+    bootstrap_samples: PositiveInt
+    sample_rows: PositiveInt
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        from tasks.metrics.report import NOT_VARIANTS
+
+        if self.tuned not in self.variants:
+            raise ValueError(
+                f"tuned is {self.tuned}, which is none of the variants ({', '.join(self.variants)})"
+            )
+        for name in NOT_VARIANTS:
+            if name in self.variants:
+                raise ValueError(f"variants: {name} is a part of the report; give the variant another name")
+        return self
+
+
+def evaluate(params: Params, examples: Path, models: Path, report: Path, context: Context) -> dict[str, Any]:
+    """Score all variants on `examples`/test.jsonl, write `report`, return what metrics/evaluate.json holds.
+
+    Raises:
+        DataError: a model folder or the main task is missing.
+        ParamsError: a decoding setting is no field of GenerationConfig, or does not go with the others.
+    """
+    from tasks.data.records import read_examples
+    from tasks.metrics.results import results
+
+    _check_models(params, models)
+    _check_generation(params)
+    toxicity = _toxicity(params.toxicity, params.batch_size, context)
+    test_file = examples / "test.jsonl"
+    everything = read_examples(test_file)
+    digest = hashlib.md5(test_file.read_bytes(), usedforsecurity=False).hexdigest()
+    context.track.dataset("test", test_file, digest, len(everything))
+
+    test = chosen(everything, params)
+    train = read_examples(examples / "train.jsonl", tasks=[params.task])
+    answered = _answer(params, test, train, models, context)
+    sets = [*answered.main, *answered.baselines, *answered.decoding, *chain(*answered.tasks.values())]
+    with context.progress(len(sets), "scoring answers") as bar:
+        metrics = results(
+            test, answered, params.tuned, toxicity, params.bootstrap_samples, context.seed, bar.advance
+        )
+    rows = _side_by_side(test[params.task], answered, params.sample_rows)
+    _write_report(metrics, rows, report, context)
+    return metrics
+
+
+def chosen(examples: Sequence["Example"], params: Params) -> dict[str, list["Example"]]:
+    """Return the examples to use by task, the main one first: the same ones whatever else is in the file.
+
+    They are the first by a hash of their id. Raises DataError when the main task is not there.
+    """
+    from xxhash import xxh64_hexdigest
+
+    by_task: dict[str, list[Example]] = {}
+    for example in sorted(examples, key=lambda example: (xxh64_hexdigest(example.id.encode()), example.id)):
+        by_task.setdefault(example.task, []).append(example)
+    if params.task not in by_task:
+        known = ", ".join(sorted(by_task)) or "none"
+        raise DataError(f"evaluate.task is {params.task}, but the tasks of the test examples are: {known}")
+    main = by_task.pop(params.task)[: params.examples.main_task]
+    return {params.task: main} | {
+        task: by_task[task][: params.examples.other_tasks] for task in sorted(by_task)
+    }
+
+
+def shot_prompts(
+    lm: "LanguageModel", examples: Sequence["Example"], shots: Sequence["Example"], max_tokens: int
+) -> list[str]:
+    """Return each prompt after the worked `shots`, or after the last of them that fit into `max_tokens`."""
+    from tasks.lm.respond import encode_prompts
+
+    worked = [f"{shot.prompt}\n{shot.reference}" for shot in shots]
+    prompts = ["\n\n".join([*worked, example.prompt]) for example in examples]
+    if shots:
+        too_long = [row for row, ids in enumerate(encode_prompts(lm, prompts)) if len(ids) > max_tokens]
+        fewer = shot_prompts(lm, [examples[row] for row in too_long], shots[1:], max_tokens) if too_long else []
+        for row, prompt in zip(too_long, fewer, strict=True):
+            prompts[row] = prompt
+    return prompts
+
+
+def _check_models(params: Params, models: Path) -> None:
+    for name, variant in params.variants.items():
+        if not (models / variant.model).is_dir():
+            raise DataError(
+                f"{models / variant.model} is missing: run the stage that makes it, "
+                f"or take {name} out of evaluate.variants"
+            )
+
+
+def _check_generation(params: Params) -> None:
+    from transformers import GenerationConfig
+
+    known = GenerationConfig().to_dict()
+    settings = {"evaluate.generation": params.generation}
+    settings |= {f"evaluate.decoding.{name}": setting for name, setting in params.decoding.items()}
+    for where, setting in settings.items():
+        for key in setting:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ParamsError(f"params.yaml: {where}.{key} is no field of GenerationConfig{hint}")
+        try:
+            GenerationConfig(**params.generation | setting).validate(strict=True)
+        except ValueError as error:
+            raise ParamsError(f"params.yaml: {where}: {' '.join(str(error).split())}") from None
+
+
+def _toxicity(
+    params: Oracle | Classifier, batch_size: int, context: Context
+) -> Callable[[Sequence[str]], "Measures"]:
+    from tasks.metrics.measures import toxicity
+    from tasks.metrics.toxicity import classifier, oracle
+
+    if isinstance(params, Oracle):
+        return lambda texts: toxicity(oracle(texts), ORACLE_TOXIC_FROM)
+    from tasks.lm.device import device
+
+    place = str(device(context.compute))
+    chances = classifier(params.source, params.revision, params.label, batch_size, place)
+    return lambda texts: toxicity(chances(texts), params.toxic_from)
+
+
+def _answer(
+    params: Params,
+    test: Mapping[str, Sequence["Example"]],
+    train: Sequence["Example"],
+    models: Path,
+    context: Context,
+) -> "Answered":
+    """Let every model speak, each loaded once."""
+    from tasks.lm.model import load
+    from tasks.lm.respond import respond
+    from tasks.metrics.results import Answered
+
+    main = test[params.task]
+    others = {task: examples for task, examples in test.items() if task != params.task}
+    plain = [name for name, variant in params.variants.items() if variant.shots == 0]
+    shots = _draw_shots(params, train, context.seed)
+    limit = len(main[: params.examples.decoding])
+    answered = Answered({}, _baselines(main, train), {}, {})
+    total = len(main) * len(params.variants) + sum(map(len, others.values())) * len(plain)
+    with context.progress(total + limit * len(params.decoding), "answering test prompts") as bar:
+        for folder in dict.fromkeys(variant.model for variant in params.variants.values()):
+            lm = load(models / folder, context.compute)
+            speak = partial(
+                respond,
+                lm,
+                batch_size=params.batch_size,
+                seed=context.seed,
+                max_prompt_tokens=params.max_prompt_tokens,
+                progress=bar.advance,
+            )
+            for name, variant in params.variants.items():
+                if variant.model != folder:
+                    continue
+                prompts = shot_prompts(lm, main, shots[: variant.shots], params.max_prompt_tokens)
+                texts = speak(prompts, params.generation)
+                answered.main[name] = _with_likelihoods(lm, prompts, main, texts, params)
+                if name in plain:
+                    answered.tasks[name] = {
+                        task: speak([example.prompt for example in examples], params.generation)
+                        for task, examples in others.items()
+                    }
+                if name == params.tuned:
+                    for setting, fields in params.decoding.items():
+                        answered.decoding[setting] = speak(prompts[:limit], params.generation | fields)
+    return answered
+
+
+def _draw_shots(params: Params, train: Sequence["Example"], seed: int) -> list["Example"]:
+    """The worked examples of all prompts: a variant with k shots takes the first k."""
+    most = max(variant.shots for variant in params.variants.values())
+    if most > len(train):
+        raise DataError(
+            f"evaluate.variants: {most} shots, but only {len(train)} train examples have the main task"
+        )
+    return random.Random(seed).sample(train, k=most)
+
+
+def _with_likelihoods(
+    lm: "LanguageModel",
+    prompts: Sequence[str],
+    examples: Sequence["Example"],
+    texts: list[str],
+    params: Params,
+) -> "Answers":
+    import numpy as np
+
+    from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
+    from tasks.metrics.results import Answers
+
+    found = likelihoods(
+        lm,
+        encode_prompts(lm, prompts, params.max_prompt_tokens),
+        encode_responses(lm, [example.reference for example in examples]),
+        batch_size=params.batch_size,
+    )
+    nll, tokens = np.array(found, dtype=np.float64).T
+    return Answers(texts, nll, tokens)
+
+
+def _baselines(main: Sequence["Example"], train: Sequence["Example"]) -> dict[str, list[str]]:
+    from tasks.metrics.baselines import lead_1, longest_turn, nearest
+
+    inputs = [example.input for example in main]
+    rows = nearest(inputs, [example.input for example in train])
+    return {
+        "lead_1": [lead_1(text) for text in inputs],
+        "longest_turn": [longest_turn(text) for text in inputs],
+        "nearest_summary": [train[row].reference for row in rows],
+    }
+
+
+def _side_by_side(examples: Sequence["Example"], answered: "Answered", limit: int) -> list[dict[str, str]]:
+    """The first prompts with their reference and every variant's answer."""
+    return [
+        {
+            "prompt": example.prompt,
+            "reference": example.reference,
+            **{name: answers.texts[row] for name, answers in answered.main.items()},
+        }
+        for row, example in enumerate(examples[:limit])
+    ]
+
+
+def _write_report(
+    metrics: Mapping[str, Any], rows: list[dict[str, str]], report: Path, context: Context
+) -> None:
+    from tasks.metrics import figures
+    from tasks.metrics.report import decoding_csv, scores_csv, summary, tasks_csv
+    from tasks.stage.files import new_folder, write_text
+
+    with new_folder(report) as folder:
+        write_text(folder / "summary.md", summary(metrics))
+        write_text(folder / "scores.csv", scores_csv(metrics))
+        write_text(folder / "tasks.csv", tasks_csv(metrics))
+        write_text(folder / "decoding.csv", decoding_csv(metrics))
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_text(folder / "samples.jsonl", "".join(lines))
+        figures.draw_scores(metrics, folder / "scores.png")
+        figures.draw_tasks(metrics, folder / "tasks.png")
+    context.track.table("samples", rows)
+    context.track.figure("scores", report / "scores.png")
+    context.track.figure("tasks", report / "tasks.png")
+
+
+if __name__ == "__main__":
+    run_stage(
+        "evaluate",
+        Params,
+        lambda params, context: evaluate(
+            params, Path("data/examples"), Path("models"), Path("reports/evaluate"), context
+        ),
+    )
