@@ -1,7 +1,9 @@
-"""What every test shares: nobody's telemetry, no network for models, the data of others, a ready MLflow store."""
+"""What every test shares: no telemetry, no network for models, the data of others, a ready MLflow store."""
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,6 @@ def real_data(repository: Path) -> Path:
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store without runs. Making one takes seconds: tests copy this file."""
-    import subprocess
-    import sys
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"

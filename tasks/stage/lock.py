@@ -15,12 +15,12 @@ class Lock:
         self.path = path
         self._descriptor: int | None = None
 
-    def acquire(self) -> bool:
-        """Take the lock; False, at once, when another process has it."""
+    def acquire(self, *, wait: bool = False) -> bool:
+        """Take the lock; when another process has it, wait for it, or give False at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return False
@@ -39,9 +39,11 @@ def holder(path: Path) -> int | None:
     """The id of the process that holds the lock on `path`, or None."""
     if not path.exists():
         return None
+    written = path.read_text(encoding="ascii").strip()
+    if written == str(os.getpid()):  # opening and closing the file here would release our own lock
+        return os.getpid()
     lock = Lock(path)
     if lock.acquire():
         lock.release()
         return None
-    text = path.read_text(encoding="ascii").strip()
-    return int(text) if text else None
+    return int(written) if written else None

@@ -199,7 +199,7 @@ def _number_hint(found: Any, expected: str) -> str:
 def _dotted(fault: ErrorDetails, value: Any, name: str) -> str:
     """Where in the file the fault is; the steps that pydantic adds for unions are left out."""
     parts = [name] if name else []
-    steps = fault["loc"][:-1] if fault["type"] == "missing" else fault["loc"]
+    steps: tuple[Any, ...] = fault["loc"][:-1] if fault["type"] == "missing" else fault["loc"]
     for step in steps:
         if isinstance(value, list) or (isinstance(value, dict) and step in value):
             value = value[step]

@@ -1,16 +1,23 @@
-"""The entry point of a stage: `python -m tasks.STAGE` reads params, takes the lock, records, runs, exits."""
+"""The entry point of a stage: `python -m tasks.STAGE` reads params, takes the lock, records, runs, exits.
+
+What a runner may set in the environment, all optional: LIFECYCLE_PARENT_RUN_ID (the recording or MLflow run of the
+pipeline), LIFECYCLE_FLOW_RUN_ID (Prefect's id), LIFECYCLE_ATTEMPT (1 for the first try), LIFECYCLE_TRACKING=off.
+"""
 
 import os
 import signal
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.stage import starter
-from tasks.stage.context import Context, Stop
+from tasks.stage import checkpoints, starter
+from tasks.stage.context import SECONDS_TO_SAVE, Context, Stop
 from tasks.stage.errors import Interrupted, TryAgain, exit_code, one_line, say
 from tasks.stage.files import write_json
 from tasks.stage.fingerprint import fingerprint
@@ -25,79 +32,143 @@ from tasks.stage.params import (
     read_yaml,
     stages_of,
 )
+from tasks.stage.recorder import Recorder, Status, numbers
 from tasks.stage.track import NullTrack
 
 WORK = Path(".work")
 AnyParams = TypeVar("AnyParams", bound=Section)
-Metrics = Mapping[str, Any]
+Body = Callable[[AnyParams, Context], Mapping[str, Any]]
 
 
-def run_stage(
-    name: str,
-    params_class: type[AnyParams],
-    body: Callable[[AnyParams, Context], Metrics],
-    *,
-    torch: bool = True,
-) -> None:
+def run_stage(name: str, params_class: type[AnyParams], body: Body[AnyParams], *, torch: bool = True) -> None:
     """Run the stage `name` in the current folder, write metrics/NAME.json, and exit with the code that fits.
 
     `body` gets the validated section of params.yaml and a Context, and returns the metrics. With `torch` false
-    the stage computes no tensors and torch is not imported.
+    the stage computes no tensors and torch is not imported. However it ends, `.work/NAME/last.json` says how.
     """
-    sys.exit(_run(name, params_class, body, torch))
+    sys.exit(_Execution(name).run(params_class, body, torch))
 
 
-def _run(
-    name: str, params_class: type[AnyParams], body: Callable[[AnyParams, Context], Metrics], torch: bool
-) -> int:
-    stop = Stop()
-    stop.listen()
-    started = _now()
-    lock = Lock(WORK / name / "lock")
-    code, message, mark = 0, "", None
-    try:
-        if not lock.acquire():
-            raise TryAgain(f"{name} is already running here as process {holder(lock.path)}")
+@dataclass
+class _Execution:
+    """One start of a stage, from the lock to the exit record."""
+
+    name: str
+    fingerprint: str | None = None
+    recorder: Recorder | None = None
+
+    def run(self, params_class: type[AnyParams], body: Body[AnyParams], torch: bool) -> int:
+        started = _now()
+        stop = Stop()
+        stop.listen()
+        lock = Lock(WORK / self.name / "lock")
+        code, message = 0, ""
+        try:
+            if not lock.acquire():
+                raise TryAgain(f"{self.name} is already running here as process {holder(lock.path)}")
+            starter.watch(starter.links_to_starter(), _leave, self._sample)
+            self._work(params_class, body, torch, stop)
+        except (Exception, Interrupted) as error:
+            stop.ignore()
+            code, message = exit_code(error), one_line(error)
+            if code == 1:
+                traceback.print_exc()
+            else:
+                say(f"{self.name}: {message}")
+        stop.ignore()
+        self._end(code, message, started)
+        return code
+
+    def _work(self, params_class: type[AnyParams], body: Body[AnyParams], torch: bool, stop: Stop) -> None:
         data = read_yaml(PARAMS_FILE)
         check_sections(data, stages_of(read_yaml(GRAPH_FILE)))
-        shared, params = read_shared(data), read_section(data, name, params_class)
-        starter.watch(starter.links_to_starter(), lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: None)
-        mark = fingerprint(name)
-        work = WORK / name / mark
+        shared, params = read_shared(data), read_section(data, self.name, params_class)
+        self.fingerprint = fingerprint(self.name)
+        if os.environ.get("LIFECYCLE_TRACKING") != "off":
+            self.recorder = Recorder(self.name, self._tags(), os.environ.get("LIFECYCLE_PARENT_RUN_ID"))
+            self.recorder.start_sending()
+            self.recorder.params({**shared.model_dump(mode="json"), **params.model_dump(mode="json")})
+        work = WORK / self.name / self.fingerprint
         work.mkdir(parents=True, exist_ok=True)
         if torch:
             from tasks.stage.determinism import prepare_torch
 
             prepare_torch(shared.seed, shared.compute)
         context = Context(
-            name=name,
+            name=self.name,
             seed=shared.seed,
             compute=shared.compute,
             work=work,
-            track=NullTrack(),
+            track=self.recorder or NullTrack(),
             stop=stop,
-            progress_file=WORK / name / "progress.json",
+            progress_file=WORK / self.name / "progress.json",
         )
         metrics = body(params, context)
-        write_json(Path("metrics") / f"{name}.json", metrics)
-    except (Exception, Interrupted) as error:
-        code, message = exit_code(error), one_line(error)
-        if code == 1:
-            traceback.print_exc()
-        else:
-            say(f"{name}: {message}")
-    record = {
-        "stage": name,
-        "exit_code": code,
-        "message": message,
-        "fingerprint": mark,
-        "mlflow_run_id": None,
-        "attempt": int(os.environ.get("LIFECYCLE_ATTEMPT", "1")),
-        "started": started,
-        "ended": _now(),
-    }
-    write_json(WORK / name / "last.json", record)
-    return code
+        write_json(Path("metrics") / f"{self.name}.json", metrics)
+        if self.recorder is not None:
+            self.recorder.metrics(numbers(metrics))
+        checkpoints.remove_others(work)
+
+    def _end(self, code: int, message: str, started: str) -> None:
+        status: Status = "FINISHED" if code == 0 else "KILLED" if code > 128 else "FAILED"
+        record = {
+            "stage": self.name,
+            "exit_code": code,
+            "message": message,
+            "fingerprint": self.fingerprint,
+            "recording": self.recorder.id if self.recorder is not None else None,
+            "mlflow_run_id": self.recorder.end(status) if self.recorder is not None else None,
+            "attempt": _attempt(),
+            "started": started,
+            "ended": _now(),
+        }
+        write_json(WORK / self.name / "last.json", record)
+
+    def _tags(self) -> dict[str, str]:
+        tags = {"dvc.stage": self.name, "dvc.fingerprint": self.fingerprint or "", "attempt": str(_attempt())}
+        if flow := os.environ.get("LIFECYCLE_FLOW_RUN_ID"):
+            tags["prefect.flow_run_id"] = flow
+        return tags | git_tags()
+
+    def _sample(self) -> None:
+        if self.recorder is not None:
+            self.recorder.sample()
+
+
+def git_tags() -> dict[str, str]:
+    """The commit, and whether the code or params differ from it; nothing outside a git repository.
+
+    What the pipeline itself writes (dvc.lock, metrics, reports) does not count as a difference.
+    """
+    changes = [
+        "git",
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ".",
+        ":!dvc.lock",
+        ":!metrics",
+        ":!reports",
+    ]
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(changes, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git.commit": commit.strip(), "git.dirty": str(bool(dirty.strip())).lower()}
+
+
+def _leave() -> None:
+    """Whoever started the stage is gone: stop as if asked to, and in any case."""
+    say("whoever started this stage is gone: stopping")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2 * SECONDS_TO_SAVE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _attempt() -> int:
+    return int(os.environ.get("LIFECYCLE_ATTEMPT", "1"))
 
 
 def _now() -> str:

@@ -1,0 +1,410 @@
+"""Sends recorded runs to MLflow; the only module that imports it.
+
+    python -m tasks.stage.tracking RUN_FOLDER WRITER_PID     follows one run until it ends (a stage starts this)
+
+Sending is replaying the spool: every step may be repeated without a second effect, so a run that was sent halfway,
+or twice, is there once. Which server is asked, and as whom, comes from MLflow's own environment variables alone.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.stage.errors import one_line, say
+from tasks.stage.lock import Lock, holder
+from tasks.stage.recorder import SPOOL, Recorder, Status, numbers
+from tasks.stage.secrets import redact
+
+DEFAULT_STORE = "sqlite:///mlflow.db"
+DEFAULT_EXPERIMENT = "lifecycle"
+POINTS_AT_ONCE = 1000  # MLflow's own limits for one batch
+PARAMS_AT_ONCE = 100
+PARAM_LENGTH = 6000
+DIGEST_LENGTH = 36
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_BETWEEN_SENDS = 1.0
+SECONDS_AFTER_FAILURE = 5.0
+SECONDS_AFTER_END = 3.0  # how long sending is tried again once the run is over
+
+
+# --- what the flow calls: the run of a whole pipeline, parent of its stages' runs
+
+
+def start_parent(name: str, tags: Mapping[str, str]) -> Recorder:
+    """Start the run of a pipeline. Its `id` goes to the stages in LIFECYCLE_PARENT_RUN_ID."""
+    parent = Recorder(name, tags)
+    parent.start_sending()
+    return parent
+
+
+def end_parent(parent: Recorder, status: Status) -> str | None:
+    """End the run of a pipeline and give its MLflow id; None when it is kept for later."""
+    return parent.end(status)
+
+
+def link(parent: Recorder, stage: str, fingerprint: str, metrics: Mapping[str, Any]) -> None:
+    """Record in the pipeline's run what `stage` contributed: the run that made its outputs, found by their
+    fingerprint, now or in an earlier pipeline, and its metrics as STAGE.METRIC. Comparing two pipelines then
+    compares all their stages, cached ones too."""
+    parent.link(stage, fingerprint)
+    parent.metrics(numbers({stage: metrics}))
+
+
+def tag_committed(parent: Recorder, recording: str, outs: Mapping[str, str], commit: str | None) -> None:
+    """Tag a stage's run, named by its recording's id, with the hashes of its outputs once DVC has committed them."""
+    tags = {f"dvc.out.{path}": digest for path, digest in outs.items()}
+    parent.tag_run(recording, tags | ({"git.commit": commit} if commit else {}))
+
+
+# --- later
+
+
+@dataclass
+class Uploaded:
+    """The runs that were sent, those that are still here, and why sending stopped."""
+
+    sent: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+
+def upload(spool: Path = SPOOL) -> Uploaded:
+    """Send every run that nobody is writing or sending; runs whose writer was killed end as KILLED."""
+    result = Uploaded()
+    with _quiet():
+        for folder in _waiting(spool):
+            sending = Sending(folder)
+            if result.problem is None:
+                try:
+                    sending.end_if_killed()
+                    sending.send()
+                except Exception as error:
+                    result.problem = f"{address()}: {redact(one_line(error))[:200]}"
+            (result.sent if sending.done else result.kept).append(folder.name)
+    return result
+
+
+def address() -> str:
+    """Where runs are sent, without user and password."""
+    return redact(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
+
+
+def _waiting(spool: Path) -> list[Path]:
+    """The runs that no process is writing or sending; pipelines last, since they point at the runs of stages."""
+    found = [
+        events.parent
+        for events in sorted(spool.glob("*/events.jsonl"))
+        if holder(events.parent / "writer") is None and holder(events.parent / "sender") is None
+    ]
+    return sorted(
+        (folder for folder in found if _start_event(folder)),
+        key=lambda folder: _start_event(folder)["parent"] is None,
+    )
+
+
+def _start_event(folder: Path) -> dict[str, Any]:
+    """The first event; empty when the writer was killed before it wrote anything."""
+    with (folder / "events.jsonl").open(encoding="utf-8") as file:
+        line = file.readline()
+    event: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
+    return event
+
+
+# --- one run
+
+
+class Sending:
+    """Replays the events of one spool folder from where the last attempt stopped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_id = ""
+        self.done = False
+        self.ended = False
+        self._pending: list[tuple[int, dict[str, Any]]] = []  # (offset behind the event, event)
+        self._read = self._sent = int(_read_text(folder / "sent") or 0)
+
+    def look(self) -> bool:
+        """Read the events that were written since the last look; whether there is anything to send."""
+        with (self.folder / "events.jsonl").open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                if event := _parse(line):
+                    self._pending.append((self._read, event))
+                    self.ended |= event["kind"] == "end"
+        return bool(self._pending)
+
+    def end_if_killed(self) -> None:
+        """Write the end that a killed writer could not."""
+        self.look()
+        if not self.ended:
+            event = {"kind": "end", "status": "KILLED", "time": time.time_ns() // 1_000_000}
+            with (self.folder / "events.jsonl").open("ab") as file:
+                file.write(b"\n" + json.dumps(event).encode() + b"\n")
+
+    def send(self) -> None:
+        """Send what is there. Raises whatever MLflow raises; what was sent until then is not sent again."""
+        self.look()
+        if not self._pending:
+            return
+        client = _client()
+        self.run_id = self.run_id or ensure_run(client, self.folder)
+        while self._pending:
+            batch = _batch(self._pending)
+            self._send(client, [event for _, event in batch])
+            self._pending = self._pending[len(batch) :]
+            (self.folder / "sent").write_text(str(batch[-1][0]), encoding="ascii")
+        if self.done:
+            shutil.rmtree(self.folder)
+
+    def _send(self, client: Any, events: list[dict[str, Any]]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._replay(client, events)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            say(
+                f"warning: MLflow refuses a {events[0]['kind']} of {self.folder.name}: {redact(one_line(error))[:200]}"
+            )
+
+    def _replay(self, client: Any, events: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        event = events[0]
+        match event["kind"]:
+            case "metrics":
+                points = [
+                    Metric(name, value, each["time"], each["step"])
+                    for each in events
+                    for name, value in each["values"].items()
+                ]
+                client.log_batch(self.run_id, metrics=points)
+            case "params":
+                params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in event["values"].items()]
+                for first in range(0, len(params), PARAMS_AT_ONCE):
+                    client.log_batch(self.run_id, params=params[first : first + PARAMS_AT_ONCE])
+            case "tags":
+                client.log_batch(
+                    self.run_id, tags=[RunTag(name, value) for name, value in event["values"].items()]
+                )
+            case "artifact":
+                self._send_file(client, event["file"])
+            case "table":
+                self._send_file(client, event["file"])
+                self._announce_table(client, event["file"])
+            case "dataset":
+                client.log_inputs(self.run_id, [_dataset(event)])
+            case "link":
+                self._link(client, event)
+            case "tag_run":
+                if run := find_run(client, {"lifecycle.recording": event["run"]}):
+                    client.log_batch(run, tags=[RunTag(name, value) for name, value in event["values"].items()])
+            case "end":
+                client.set_terminated(self.run_id, event["status"], end_time=event["time"])
+                self.done = True
+
+    def _send_file(self, client: Any, name: str) -> None:
+        file = self.folder / "files" / name
+        if file.is_file():
+            client.log_artifact(self.run_id, str(file), artifact_path=str(Path(name).parent))
+
+    def _announce_table(self, client: Any, name: str) -> None:
+        """Tell the UI which artifacts are tables."""
+        known = json.loads(client.get_run(self.run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+        entry = {"path": name, "type": "table"}
+        if entry not in known:
+            client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps([*known, entry]))
+
+    def _link(self, client: Any, event: Mapping[str, Any]) -> None:
+        run = find_run(
+            client, {"dvc.stage": event["stage"], "dvc.fingerprint": event["fingerprint"]}, "FINISHED"
+        )
+        if run is not None:
+            client.set_tag(self.run_id, f"stage.{event['stage']}.run_id", run)
+
+
+def ensure_run(client: Any, folder: Path) -> str:
+    """The MLflow id of the run in `folder`, which is created when it was never sent before."""
+    lock = Lock(folder.parent / "create.lock")  # two senders may want the same parent
+    lock.acquire(wait=True)
+    try:
+        return _find_or_create(client, folder)
+    finally:
+        lock.release()
+
+
+def _find_or_create(client: Any, folder: Path) -> str:
+    run_id = _read_text(folder / "run_id")
+    if not run_id:
+        run_id = find_run(client, {"lifecycle.recording": folder.name}) or _create(client, folder)
+        (folder / "run_id").write_text(run_id, encoding="ascii")
+    return run_id
+
+
+def _create(client: Any, folder: Path) -> str:
+    start = _start_event(folder)
+    tags = {**start["tags"], "lifecycle.recording": folder.name, "mlflow.source.name": start["name"]}
+    if start["parent"] is not None:
+        tags["mlflow.parentRunId"] = _parent_id(client, folder.parent / start["parent"])
+    run = client.create_run(_experiment(client), start["time"], tags=tags, run_name=start["name"])
+    return str(run.info.run_id)
+
+
+def _parent_id(client: Any, parent: Path) -> str:
+    """The parent may be a recording that is here, one that was sent already, or any MLflow run."""
+    if parent.is_dir():
+        return _find_or_create(client, parent)
+    return find_run(client, {"lifecycle.recording": parent.name}) or parent.name
+
+
+def find_run(client: Any, tags: Mapping[str, str], status: str | None = None) -> str | None:
+    """The id of the newest run with these tags, or None."""
+    conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    if status is not None:
+        conditions.append(f"attributes.status = '{status}'")
+    found = client.search_runs(
+        [_experiment(client)], " and ".join(conditions), max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return str(found[0].info.run_id) if found else None
+
+
+def _experiment(client: Any) -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found is not None else client.create_experiment(name))
+
+
+def _client() -> Any:
+    # a server that does not answer is asked again by us, later: not by the client, while somebody waits
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    from mlflow import MlflowClient
+
+    return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
+
+
+def _dataset(event: Mapping[str, Any]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=event["name"],
+        digest=event["digest"][:DIGEST_LENGTH],
+        source_type="local",
+        source=json.dumps({"uri": event["path"]}),
+        profile=json.dumps({"num_rows": event["rows"], "digest": event["digest"]}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", event["name"])])
+
+
+def _batch(pending: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    """The first event, with those right behind it that can go in one request."""
+    points = 0
+    for index, (_, event) in enumerate(pending):
+        points += len(event["values"]) if event["kind"] == "metrics" else POINTS_AT_ONCE + 1
+        if points > POINTS_AT_ONCE:
+            return pending[: max(index, 1)]
+    return pending
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One event; None for a line that a killed writer left unfinished."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
+
+
+def _read_text(file: Path) -> str:
+    return file.read_text(encoding="ascii") if file.is_file() else ""
+
+
+# --- the sender of a running stage
+
+
+def follow(folder: Path, writer: int) -> str | None:
+    """Send the run in `folder` while process `writer`, our parent, writes it; give its MLflow id once all is sent."""
+    sending = Sending(folder)
+    warned = False
+    last_try, give_up = 0.0, float("inf")
+    pause = 0.0
+    while not sending.done and time.monotonic() < give_up:
+        if os.getppid() != writer:
+            sending.end_if_killed()
+        waiting = sending.look()
+        if sending.ended and give_up == float("inf"):
+            give_up = time.monotonic() + SECONDS_AFTER_END
+            pause = min(pause, SECONDS_BETWEEN_LOOKS)
+        if waiting and (time.monotonic() - last_try >= pause):
+            pause = SECONDS_BETWEEN_LOOKS if sending.ended else SECONDS_BETWEEN_SENDS
+            try:
+                sending.send()
+            except Exception as error:
+                if not warned:
+                    say(_kept_for_later(folder, error))
+                    warned = True
+                pause = SECONDS_BETWEEN_SENDS if sending.ended else SECONDS_AFTER_FAILURE
+            last_try = time.monotonic()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return sending.run_id if sending.done else None
+
+
+def _kept_for_later(folder: Path, error: Exception) -> str:
+    return (
+        f"warning: the tracking store {address()} does not take the run ({redact(one_line(error))[:160]}); "
+        f"the work goes on, the run is kept in {folder}, and `lifecycle upload` sends it later"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the client's own log lines and warnings off the terminal."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _main(folder: Path, writer: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the writer: its end is what we wait for
+    os.nice(5)
+    lock = Lock(folder / "sender")
+    lock.acquire()
+    with _quiet():
+        run_id = follow(folder, writer)
+        if run_id is not None:
+            _end_killed_runs(_waiting(folder.parent))
+    if run_id is not None and os.getppid() == writer:
+        sys.stdout.write(run_id)
+
+
+def _end_killed_runs(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        sending = Sending(folder)
+        sending.look()
+        if not sending.ended:
+            sending.end_if_killed()
+            sending.send()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
