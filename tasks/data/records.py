@@ -1,6 +1,7 @@
 """What one line of data is: an instruction example, or a ranking of completions.
 
-Records are immutable and checked when they are made. They travel as JSON lines: sorted keys, UTF-8, one record a line.
+Records are immutable and checked when they are made. They travel as JSON lines: one record a line, sorted keys,
+UTF-8.
 """
 
 import json
@@ -52,7 +53,7 @@ class Example(BaseModel):
 
     def line(self) -> str:
         """The example as one JSON line, without the line end; equal examples give equal bytes."""
-        return json.dumps(self.model_dump(), ensure_ascii=False, sort_keys=True)
+        return json.dumps(dict(self), ensure_ascii=False, sort_keys=True)
 
 
 class Ranking(BaseModel):
@@ -118,5 +119,5 @@ def iterate_examples(path: Path) -> Iterator[Example]:
 
 
 def read_examples(path: Path, tasks: Collection[str] | None = None) -> list[Example]:
-    """The examples of `path`, of the given tasks or of all, in file order. Raises DataError as `iterate_examples`."""
+    """The examples of `path`, of the given tasks or of all, in file order. Raises as `iterate_examples`."""
     return [example for example in iterate_examples(path) if tasks is None or example.task in tasks]

@@ -1,0 +1,299 @@
+"""From sources to data: read, check, map, remove repeats, split, look for leaks, mix, and describe the result.
+
+    python -m tasks.prepare
+
+Writes the examples that models are tuned and tested on, the raw text that a base model is trained on, the rows
+that were rejected, and a data card. Needs no network unless a source is on the hub.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from tasks.data.recipes import (
+    AnySource,
+    ExampleRecorder,
+    ExampleSource,
+    FileExamples,
+    HubExamples,
+    Task,
+    TextRecorder,
+    TextSource,
+    bytes_of,
+    chunks_of,
+    name_of,
+    origins_of,
+)
+from tasks.data.records import SPLITS
+from tasks.stage import Context, DataError, Section, run_stage
+
+if TYPE_CHECKING:
+    from tasks.data.card import Card, SourceFigures
+    from tasks.data.corpus import Corpus, Recorder, Rejects
+    from tasks.data.selection import Selection
+    from tasks.data.sources import Origin
+
+Metrics = dict[str, int]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Resemblance = Annotated[float, Field(ge=0.5, le=1)]
+
+SHOWN = 2  # records of each task, and near repeats, on the card
+
+
+class Deduplicate(Section):
+    """`exact`: remove repeats. `near`: and texts with at least this Jaccard index of word 5-shingles."""
+
+    exact: bool
+    near: Resemblance | None
+
+
+class Splits(Section):
+    """Shares of the groups that are held out."""
+
+    validation: Share
+    test: Share
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test leave nothing to train on")
+        return self
+
+
+class Text(Section):
+    """Raw text for the base model; without sources the files are empty."""
+
+    sources: tuple[TextSource, ...]
+    validation: Share
+    deduplicate: Deduplicate
+
+
+class Params(Section):
+    """The section `prepare` of params.yaml."""
+
+    examples: Annotated[tuple[ExampleSource, ...], Field(min_length=1)]
+    templates: Mapping[Task, Annotated[tuple[str, ...], Field(min_length=1)]]
+    on_error: Literal["fail", "skip"]
+    max_rejected_share: Share
+    max_field_chars: PositiveInt
+    deduplicate: Deduplicate
+    splits: Splits
+    leakage: Resemblance | None
+    text: Text
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for sources in (self.examples, self.text.sources):
+            names = [name_of(source) for source in sources]
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"two sources are called {repeated[0]}")
+        mapped = [source for source in self.examples if isinstance(source, FileExamples | HubExamples)]
+        for source in mapped:
+            if not {"input", "instruction"} & set(source.columns):
+                raise ValueError(f"columns of {source.name} name neither input nor instruction")
+            if "instruction" not in source.columns and source.task not in self.templates:
+                raise ValueError(f"templates has none for {source.task}, and {source.name} has no instruction")
+        asked = {source.task for source in mapped if "instruction" not in source.columns}
+        if unused := sorted(set(self.templates) - asked):
+            raise ValueError(f"no source uses the templates of {unused[0]}")
+        if sum(source.weight is not None for source in self.examples) == 1:
+            raise ValueError("one weight alone has no meaning: give two sources one, or none")
+        if lacking := [
+            name_of(s) for s in self.text.sources if s.kind != "synthetic" and "text" not in s.columns
+        ]:
+            raise ValueError(f"columns of text source {lacking[0]} name no text")
+        return self
+
+
+def prepare(
+    params: Params, examples: Path, text: Path, rejects: Path, card: Path, plots: Path, context: Context
+) -> Metrics:
+    """Write the folders `examples` and `text`, the file `rejects`, the page `card` and its `plots`.
+
+    Returns the figures of metrics/prepare.json. Raises DataError for data that is wrong.
+    """
+    from tasks.data.corpus import Rejects, reject_repeated_ids
+    from tasks.data.selection import held_out_groups, select_examples, select_text
+    from tasks.stage.files import new_file, new_folder
+
+    skip = params.on_error == "skip"
+    example_origins = [origins_of(source) for source in params.examples]
+    text_origins = [origins_of(source) for source in params.text.sources]
+    example_recorder = ExampleRecorder(params.examples, params.templates, params.max_field_chars)
+    text_recorder = TextRecorder(params.text.sources, params.max_field_chars)
+    with new_file(rejects) as file:
+        rejected = Rejects(example_origins, file, skip=skip)
+        sign = params.deduplicate.near is not None or params.leakage is not None
+        corpus = _gather(params.examples, example_recorder, sign, rejected, "examples", params, context)
+        fresh = reject_repeated_ids(corpus, rejected)
+        rejected = Rejects(text_origins, file, skip=skip)
+        sign = params.text.deduplicate.near is not None
+        documents = _gather(params.text.sources, text_recorder, sign, rejected, "text", params, context)
+    _check_share(params.examples, corpus, params.max_rejected_share, rejects)
+    _check_share(params.text.sources, documents, params.max_rejected_share, rejects)
+    chosen = select_examples(
+        corpus,
+        fresh,
+        exact=params.deduplicate.exact,
+        near=params.deduplicate.near,
+        validation=params.splits.validation,
+        test=params.splits.test,
+        leakage=params.leakage,
+        weights=[source.weight for source in params.examples],
+    )
+    read = select_text(
+        documents,
+        exact=params.text.deduplicate.exact,
+        near=params.text.deduplicate.near,
+        validation=params.text.validation,
+        held_out=held_out_groups(corpus, chosen),
+    )
+    with new_folder(examples) as folder:
+        corpus.write(chosen.places, [folder / f"{split}.jsonl" for split in SPLITS])
+    with new_folder(text) as folder:
+        documents.write(read.places, [folder / f"{split}.jsonl" for split in SPLITS[:2]])
+    page = _card(
+        corpus,
+        chosen,
+        _figures(params.examples, example_origins, corpus, chosen),
+        documents,
+        read,
+        _figures(params.text.sources, text_origins, documents, read),
+    )
+    page.write(card, plots)
+    _record(page, plots, context)
+    corpus.close()
+    documents.close()
+    return page.metrics()
+
+
+def _gather(
+    sources: Sequence[AnySource],
+    recorder: "Recorder",
+    sign: bool,
+    rejects: "Rejects",
+    what: str,
+    params: Params,
+    context: Context,
+) -> "Corpus":
+    """Read, map and check the rows of `sources`, with signatures if `sign`."""
+    from tasks.data.corpus import convert, gather, in_order
+
+    chunks = chain.from_iterable(
+        chunks_of(source, position, context.seed, params.max_field_chars)
+        for position, source in enumerate(sources)
+    )
+    workers = context.compute.threads or os.cpu_count() or 1
+    batches = in_order(partial(convert, recorder, sign), chunks, workers)
+    with context.progress(bytes_of(sources) or None, f"prepare: bytes of {what}") as bar:
+        return gather(batches, len(sources), rejects, context.work / f"{what}.jsonl", bar)
+
+
+def _check_share(sources: Sequence[AnySource], corpus: "Corpus", most: float, rejects: Path) -> None:
+    """Raise DataError when more than the share `most` of a source's rows is bad."""
+    for source, read, bad in zip(sources, corpus.read, corpus.rejected, strict=True):
+        if bad > most * read:
+            raise DataError(
+                f"source {name_of(source)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}), allowed are "
+                f"{most:.1%} (prepare.max_rejected_share); the reasons are in {rejects}"
+            )
+
+
+def _figures(
+    sources: Sequence[AnySource],
+    origins: Sequence[Sequence["Origin"]],
+    corpus: "Corpus",
+    selection: "Selection",
+) -> list["SourceFigures"]:
+    """What became of the rows of each source."""
+    from tasks.data.card import FileFigures, SourceFigures
+
+    count = partial(corpus.count, sources=len(sources))
+    columns = zip(
+        map(name_of, sources),
+        corpus.read,
+        corpus.rejected,
+        count(selection.repeats),
+        count(selection.near_mask),
+        count(selection.left_out),
+        count(selection.places >= 0),
+        [
+            [
+                FileFigures(origin.shown, corpus.count_of_origin(source, number), origin.digest())
+                for number, origin in enumerate(of_source)
+            ]
+            for source, of_source in enumerate(origins)
+        ],
+        strict=True,
+    )
+    return [SourceFigures(*column) for column in columns]
+
+
+def _card(
+    corpus: "Corpus",
+    chosen: "Selection",
+    sources: list["SourceFigures"],
+    documents: "Corpus",
+    read: "Selection",
+    text_sources: list["SourceFigures"],
+) -> "Card":
+    import numpy as np
+
+    from tasks.data.card import Card
+
+    rows_of = {
+        task: np.flatnonzero((corpus.rows["task"] == number) & (chosen.places >= 0))
+        for number, task in sorted(enumerate(corpus.tasks), key=lambda pair: pair[1])
+    }
+    rows_of = {task: rows for task, rows in rows_of.items() if len(rows)}
+    return Card(
+        sources=sources,
+        text_sources=text_sources,
+        counts={task: _counts(chosen.places[rows], len(SPLITS)) for task, rows in rows_of.items()},
+        text_counts=_counts(read.places[read.places >= 0], 2),
+        input_words={task: corpus.rows["input_words"][rows] for task, rows in rows_of.items()},
+        output_words={task: corpus.rows["output_words"][rows] for task, rows in rows_of.items()},
+        text_words=documents.rows["input_words"][read.places >= 0],
+        near=[
+            f"{corpus.record(row)['id']} is near {corpus.record(earlier)['id']} "
+            f"({corpus.resemblance(row, earlier):.2f})"
+            for row, earlier in chosen.near[:SHOWN]
+        ],
+        shown={task: [corpus.record(int(row)) for row in rows[:SHOWN]] for task, rows in rows_of.items()},
+    )
+
+
+def _counts(places: Any, length: int) -> list[int]:
+    import numpy as np
+
+    return [int(number) for number in np.bincount(places, minlength=length)]
+
+
+def _record(page: "Card", plots: Path, context: Context) -> None:
+    for source in (*page.sources, *page.text_sources):
+        for file in source.files:
+            if file.digest is not None:
+                context.track.dataset(source.name, Path(file.name), file.digest, file.rows)
+    context.track.figure("lengths", plots / "lengths.png")
+
+
+if __name__ == "__main__":
+    run_stage(
+        "prepare",
+        Params,
+        lambda params, context: prepare(
+            params,
+            Path("data/examples"),
+            Path("data/text"),
+            Path("data/rejects.jsonl"),
+            Path("reports/data.md"),
+            Path("reports/data"),
+            context,
+        ),
+        torch=False,
+    )
