@@ -43,8 +43,11 @@ def problem(folder: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if not isinstance(manifest, dict):
         return f"{MANIFEST} is damaged"
-    if missing := sorted(set(manifest) - set(_files(folder))):
+    files = set(_files(folder))
+    if missing := sorted(set(manifest) - files):
         return f"{missing[0]} is missing"
+    if added := sorted(files - set(manifest)):
+        return f"{added[0]} was not there when it was written"
     for name, expected in manifest.items():
         if hash_file(folder / name) != expected:
             return f"{name} has changed since it was written"

@@ -17,7 +17,6 @@ class Lock:
 
     def acquire(self, *, wait: bool = False) -> bool:
         """Take the lock; when another process has it, wait for it, or give False at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

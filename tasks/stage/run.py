@@ -1,7 +1,7 @@
 """The entry point of a stage: `python -m tasks.STAGE` reads params, takes the lock, records, runs, exits.
 
-What a runner may set in the environment, all optional: LIFECYCLE_PARENT_RUN_ID (the recording or MLflow run of the
-pipeline), LIFECYCLE_FLOW_RUN_ID (Prefect's id), LIFECYCLE_ATTEMPT (1 for the first try), LIFECYCLE_TRACKING=off.
+What a runner may set in the environment, all optional: LIFECYCLE_PARENT_RUN_ID (the recording or MLflow run of
+the pipeline), LIFECYCLE_FLOW_RUN_ID (Prefect's id), LIFECYCLE_ATTEMPT (1, 2, ...), LIFECYCLE_TRACKING=off.
 """
 
 import os
@@ -62,6 +62,7 @@ class _Execution:
         stop = Stop()
         stop.listen()
         lock = Lock(WORK / self.name / "lock")
+        lock.path.parent.mkdir(parents=True, exist_ok=True)
         code, message = 0, ""
         try:
             if not lock.acquire():
@@ -140,17 +141,8 @@ def git_tags() -> dict[str, str]:
 
     What the pipeline itself writes (dvc.lock, metrics, reports) does not count as a difference.
     """
-    changes = [
-        "git",
-        "status",
-        "--porcelain",
-        "--untracked-files=no",
-        "--",
-        ".",
-        ":!dvc.lock",
-        ":!metrics",
-        ":!reports",
-    ]
+    written = (":!dvc.lock", ":!metrics", ":!reports")
+    changes = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
         dirty = subprocess.run(changes, capture_output=True, text=True, check=True).stdout

@@ -14,9 +14,9 @@ SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 def links_to_starter() -> list[tuple[int, int]]:
-    """(process, parent) from this process up to the first one that is not a shell running a command (`sh -c`).
+    """(process, parent) from this process up to the first that is more than a shell running a command (`sh -c`).
 
-    A shell that a person types into is no such starter: with `nohup` a stage may outlive it.
+    A shell that a person types into does not count: with `nohup` a stage may outlive it.
     """
     import psutil
 
@@ -25,10 +25,10 @@ def links_to_starter() -> list[tuple[int, int]]:
     while (parent := process.parent()) is not None:
         command = parent.cmdline()
         shell = bool(command) and Path(command[0]).name.lstrip("-") in SHELLS
-        if shell and "-c" not in command[1:2]:
+        if shell and all(argument.startswith("-") for argument in command[1:]):
             break
         links.append((process.pid, parent.pid))
-        if not shell:
+        if not (shell and "-c" in command):
             break
         process = parent
     return links

@@ -2,20 +2,22 @@
 
     python -m tasks.stage.tracking RUN_FOLDER WRITER_PID     follows one run until it ends (a stage starts this)
 
-Sending is replaying the spool: every step may be repeated without a second effect, so a run that was sent halfway,
-or twice, is there once. Which server is asked, and as whom, comes from MLflow's own environment variables alone.
+Sending is replaying the spool: every step may be repeated without a second effect, so a run that was sent
+halfway, or twice, is there once. Which server is asked, and as whom, comes from MLflow's own environment
+variables alone.
 """
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ DIGEST_LENGTH = 36
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_BETWEEN_SENDS = 1.0
 SECONDS_AFTER_FAILURE = 5.0
-SECONDS_AFTER_END = 3.0  # how long sending is tried again once the run is over
+SECONDS_AFTER_END = 2.0  # how long sending is tried again once the run is over
 
 
 # --- what the flow calls: the run of a whole pipeline, parent of its stages' runs
@@ -61,7 +63,7 @@ def link(parent: Recorder, stage: str, fingerprint: str, metrics: Mapping[str, A
 
 
 def tag_committed(parent: Recorder, recording: str, outs: Mapping[str, str], commit: str | None) -> None:
-    """Tag a stage's run, named by its recording's id, with the hashes of its outputs once DVC has committed them."""
+    """Tag a stage's run, named by its recording's id, with the hashes of the outputs that DVC has committed."""
     tags = {f"dvc.out.{path}": digest for path, digest in outs.items()}
     parent.tag_run(recording, tags | ({"git.commit": commit} if commit else {}))
 
@@ -83,15 +85,26 @@ def upload(spool: Path = SPOOL) -> Uploaded:
     result = Uploaded()
     with _quiet():
         for folder in _waiting(spool):
-            sending = Sending(folder)
             if result.problem is None:
                 try:
-                    sending.end_if_killed()
-                    sending.send()
+                    _finish(folder)
                 except Exception as error:
-                    result.problem = f"{address()}: {redact(one_line(error))[:200]}"
-            (result.sent if sending.done else result.kept).append(folder.name)
+                    result.problem = f"{address()}: {_reason(error)}"
+            (result.kept if folder.is_dir() else result.sent).append(folder.name)
     return result
+
+
+def _finish(folder: Path) -> None:
+    """Send all of one run that nobody writes any more, unless somebody else is doing so."""
+    lock = Lock(folder / "sender")
+    if not lock.acquire():
+        return
+    try:
+        sending = Sending(folder)
+        sending.end_if_killed()
+        sending.send()
+    finally:
+        lock.release()
 
 
 def address() -> str:
@@ -100,10 +113,10 @@ def address() -> str:
 
 
 def _waiting(spool: Path) -> list[Path]:
-    """The runs that no process is writing or sending; pipelines last, since they point at the runs of stages."""
+    """The runs that no process is writing or sending; pipelines last: they point at runs of stages."""
     found = [
         events.parent
-        for events in sorted(spool.glob("*/events.jsonl"))
+        for events in sorted(spool.glob("[!.]*/events.jsonl"))
         if holder(events.parent / "writer") is None and holder(events.parent / "sender") is None
     ]
     return sorted(
@@ -132,7 +145,7 @@ class Sending:
         self.done = False
         self.ended = False
         self._pending: list[tuple[int, dict[str, Any]]] = []  # (offset behind the event, event)
-        self._read = self._sent = int(_read_text(folder / "sent") or 0)
+        self._read = int(_read_text(folder / "sent") or 0)
 
     def look(self) -> bool:
         """Read the events that were written since the last look; whether there is anything to send."""
@@ -166,9 +179,11 @@ class Sending:
             batch = _batch(self._pending)
             self._send(client, [event for _, event in batch])
             self._pending = self._pending[len(batch) :]
-            (self.folder / "sent").write_text(str(batch[-1][0]), encoding="ascii")
+            if not self.done:
+                (self.folder / "sent").write_text(str(batch[-1][0]), encoding="ascii")
         if self.done:
-            shutil.rmtree(self.folder)
+            sent = self.folder.rename(self.folder.with_name(f".{self.folder.name}"))  # gone for others at once
+            shutil.rmtree(sent)
 
     def _send(self, client: Any, events: list[dict[str, Any]]) -> None:
         from mlflow.exceptions import MlflowException
@@ -178,9 +193,8 @@ class Sending:
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            say(
-                f"warning: MLflow refuses a {events[0]['kind']} of {self.folder.name}: {redact(one_line(error))[:200]}"
-            )
+            reason = redact(one_line(error))[:200]
+            say(f"warning: MLflow refuses a {events[0]['kind']} of {self.folder.name}: {reason}")
 
     def _replay(self, client: Any, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -338,37 +352,42 @@ def _read_text(file: Path) -> str:
 
 
 def follow(folder: Path, writer: int) -> str | None:
-    """Send the run in `folder` while process `writer`, our parent, writes it; give its MLflow id once all is sent."""
+    """Send the run in `folder` while our parent `writer` writes it; give its MLflow id once all is sent."""
     sending = Sending(folder)
-    warned = False
-    last_try, give_up = 0.0, float("inf")
-    pause = 0.0
+    next_try, give_up, warned = 0.0, math.inf, False
     while not sending.done and time.monotonic() < give_up:
         if os.getppid() != writer:
             sending.end_if_killed()
         waiting = sending.look()
-        if sending.ended and give_up == float("inf"):
-            give_up = time.monotonic() + SECONDS_AFTER_END
-            pause = min(pause, SECONDS_BETWEEN_LOOKS)
-        if waiting and (time.monotonic() - last_try >= pause):
-            pause = SECONDS_BETWEEN_LOOKS if sending.ended else SECONDS_BETWEEN_SENDS
+        if sending.ended and give_up == math.inf:
+            next_try, give_up = 0.0, time.monotonic() + SECONDS_AFTER_END
+        if waiting and time.monotonic() >= next_try:
             try:
                 sending.send()
-            except Exception as error:
+                next_try = time.monotonic() + SECONDS_BETWEEN_SENDS
+            except Exception as error:  # whatever a client may raise must not end the work
                 if not warned:
                     say(_kept_for_later(folder, error))
                     warned = True
-                pause = SECONDS_BETWEEN_SENDS if sending.ended else SECONDS_AFTER_FAILURE
-            last_try = time.monotonic()
+                next_try = time.monotonic() + (
+                    SECONDS_BETWEEN_SENDS if sending.ended else SECONDS_AFTER_FAILURE
+                )
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return sending.run_id if sending.done else None
 
 
 def _kept_for_later(folder: Path, error: Exception) -> str:
     return (
-        f"warning: the tracking store {address()} does not take the run ({redact(one_line(error))[:160]}); "
+        f"warning: the tracking store {address()} does not take the run ({_reason(error)}); "
         f"the work goes on, the run is kept in {folder}, and `lifecycle upload` sends it later"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom: "Connection refused" rather than the layers above it."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return redact(one_line(error))[:160]
 
 
 @contextmanager
@@ -391,19 +410,19 @@ def _main(folder: Path, writer: int) -> None:
     lock.acquire()
     with _quiet():
         run_id = follow(folder, writer)
-        if run_id is not None:
-            _end_killed_runs(_waiting(folder.parent))
-    if run_id is not None and os.getppid() == writer:
-        sys.stdout.write(run_id)
+        if run_id is not None and os.getppid() == writer:
+            sys.stdout.write(run_id)
+            with suppress(Exception):  # `lifecycle upload` would say why
+                _end_killed_runs(folder.parent)
 
 
-def _end_killed_runs(folders: Iterable[Path]) -> None:
-    for folder in folders:
+def _end_killed_runs(spool: Path) -> None:
+    """End the runs whose writers were killed together with their senders."""
+    for folder in _waiting(spool):
         sending = Sending(folder)
         sending.look()
         if not sending.ended:
-            sending.end_if_killed()
-            sending.send()
+            _finish(folder)
 
 
 if __name__ == "__main__":
