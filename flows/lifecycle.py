@@ -1,0 +1,78 @@
+"""The flow `lifecycle`: the graph of dvc.yaml as Prefect tasks.
+
+One task per stage, named after it, waits for its parents; stages with no path between them run side by side.
+DVC alone decides what is up to date, so Prefect caches and keeps nothing. A stage that fails stops what depends
+on it and nothing else.
+"""
+
+from typing import Any, cast
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.events.worker import EventsWorker
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import Task
+
+from flows.pipeline import StageError
+from flows.report import as_markdown, as_rows
+from flows.run import INTERRUPTED, Run
+
+SECONDS_TO_SEND = 10.0
+
+
+def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Crashes and "try again later" are; wrong params, wrong data and a gate's refusal are not."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageError) and error.worth_retrying
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def settle(run: Run, name: str) -> State[None]:
+    """Bring one stage up to date."""
+    result = run.settle(name)
+    return Completed(name=result.state.capitalize(), message=f"{result.seconds:.1f} s")
+
+
+@flow(name="lifecycle", persist_result=False, validate_parameters=False)
+def lifecycle(run: Run) -> State[None]:
+    """Bring every stage of `run` up to date."""
+    run.flow_run_id = str(flow_run.id)
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for stage in run.stages.values():
+        stage_task = settle.with_options(
+            name=stage.name,
+            task_run_name=stage.name,
+            retries=stage.meta.retries,
+            retry_delay_seconds=stage.meta.retry_delay,
+            retry_condition_fn=worth_retrying,
+        )
+        parents = [futures[parent] for parent in stage.parents if parent in futures]
+        futures[stage.name] = stage_task.submit(run, stage.name, return_state=False, wait_for=parents)
+    wait(list(futures.values()))
+    create_table_artifact(as_rows(run), key="stages", description="What became of each stage")
+    create_markdown_artifact(as_markdown(run), key="summary", description="The run in short")
+    return _end(run)
+
+
+def start(run: Run) -> None:
+    """Run the flow in this thread; its name says what runs.
+
+    Tasks that wait for their parents occupy a thread, so there is one for each; `run` limits how many work.
+    """
+    runner = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner[Any](max_workers=len(run.stages)))
+    lifecycle.with_options(flow_run_name=run.title, task_runner=runner)(run, return_state=True)
+    EventsWorker.drain_all(timeout=SECONDS_TO_SEND)  # what became of the tasks is still on its way
+
+
+def _end(run: Run) -> State[None]:
+    if run.code == 0:
+        return Completed(message=run.title)
+    if run.code == INTERRUPTED:
+        return Cancelled(message="stopped by the user")
+    failed = [result.stage for result in run.results.values() if result.state == "failed"]
+    return Failed(message=f"failed: {', '.join(failed)}")

@@ -1,0 +1,170 @@
+"""`--set` and `--preset` write params.yaml, so that what ran is what git shows. Comments and order stay."""
+
+import difflib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from tasks.stage.errors import ParamsError, one_line
+from tasks.stage.files import write_text
+from tasks.stage.params import GRAPH_FILE, PARAMS_FILE, check_all
+
+PRESETS = Path("presets")
+
+
+def change(root: Path, presets: Iterable[str] = (), settings: Iterable[str] = ()) -> list[str]:
+    """Merge the presets into params.yaml, then the settings (`section.key=value`), and check the whole.
+
+    The file is written once, and only when all is well. Returns the lines `key: before → after`. Raises
+    ParamsError for an unknown preset or key, or a value that the section does not allow.
+    """
+    path = root / PARAMS_FILE
+    text = path.read_text(encoding="utf-8")
+    data = _load(text, str(PARAMS_FILE))
+    before = _flat(data)
+    for name in presets:
+        _merge(data, _preset(root, name), (), f"{PRESETS}/{name}.yaml")
+    for setting in settings:
+        keys, value = _parse(setting)
+        _merge(data, _nested(keys, value), (), f"--set {setting}")
+    after = _flat(data)
+    changed = [
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        for key in dict.fromkeys([*before, *after])
+        if _shown(before, key) != _shown(after, key)
+    ]
+    if changed:
+        new = _dump(data, text)
+        _check(root, new)
+        write_text(path, new)
+    return changed
+
+
+def _check(root: Path, text: str) -> None:
+    """Check params before they are written where a stage could read them."""
+    candidate = root / ".work" / PARAMS_FILE
+    write_text(candidate, text)
+    try:
+        check_all(candidate, root / GRAPH_FILE)
+    except ParamsError as error:
+        raise ParamsError(str(error).replace(str(candidate), str(PARAMS_FILE))) from None
+    finally:
+        candidate.unlink()
+
+
+def _preset(root: Path, name: str) -> Mapping[str, Any]:
+    path = root / PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(found.stem for found in (root / PRESETS).glob("*.yaml"))
+        raise ParamsError(
+            f"--preset {name}: no such preset{_nearest(name, names)}; there are {', '.join(names)}"
+        )
+    return _load(path.read_text(encoding="utf-8"), f"{PRESETS}/{path.name}")
+
+
+def _parse(setting: str) -> tuple[list[str], Any]:
+    """`finetune.lora.r=8` → (["finetune", "lora", "r"], 8); the value is YAML."""
+    name, equals, text = setting.partition("=")
+    if not equals or not all(name.split(".")):
+        raise ParamsError(f"--set {setting}: expected section.key=value")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        raise ParamsError(
+            f"--set {setting}: {text} is no YAML value: {one_line(error.problem or error)}"
+        ) from None
+    return name.split("."), _in_any_yaml(value)
+
+
+def _in_any_yaml(value: Any) -> Any:
+    """`value` such that YAML 1.1 readers see what 1.2 readers see: text like `no` or `1e-3` in quotes."""
+    import yaml
+
+    if isinstance(value, str):
+        plain = yaml.safe_load(f"[{value}]") if value.isalnum() or "." in value else [value]
+        return value if plain == [value] else DoubleQuotedScalarString(value)
+    if isinstance(value, list):
+        return [_in_any_yaml(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _in_any_yaml(item) for key, item in value.items()}
+    return value
+
+
+def _merge(target: CommentedMap, new: Mapping[str, Any], above: tuple[str, ...], where: str) -> None:
+    """Put `new` into `target`: mappings key by key, anything else in place of what was there.
+
+    Sections and their keys are all in the file already; what a key holds may be free (a column mapping, say),
+    and is checked with the section.
+    """
+    for key, value in new.items():
+        if key not in target and len(above) < 2:
+            dotted = ".".join([*above, key])
+            known = [".".join([*above, str(each)]) for each in target]
+            raise ParamsError(f"{where}: {dotted}: no such key{_nearest(dotted, known)}")
+        if isinstance(value, Mapping) and isinstance(target.get(key), CommentedMap):
+            _merge(target[key], value, (*above, key), where)
+        else:
+            target[key] = value
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names; a list counts as one value."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix.removesuffix("."): value}
+    return {
+        name: found for key, inner in value.items() for name, found in _flat(inner, f"{prefix}{key}.").items()
+    }
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "not there"
+    value = values[key]
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value) if isinstance(value, CommentedSeq) else value)
+
+
+def _load(text: str, name: str) -> CommentedMap:
+    try:
+        found = _yaml(text).load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ParamsError(f"{name}:{line}: {one_line(error.problem or error)}") from None
+    if not isinstance(found, CommentedMap):
+        raise ParamsError(f"{name}: expected sections (name: …)")
+    return found
+
+
+def _dump(data: CommentedMap, before: str) -> str:
+    stream = io.StringIO()
+    _yaml(before).dump(data, stream)
+    return stream.getvalue()
+
+
+def _yaml(text: str) -> YAML:
+    """A round-trip reader and writer in the style of `text`."""
+    style = YAML()
+    style.preserve_quotes = True
+    style.width = 4096  # no line is folded
+    indented = any(line.startswith("  - ") for line in text.splitlines())
+    style.indent(mapping=2, sequence=4 if indented else 2, offset=2 if indented else 0)
+    return style

@@ -1,0 +1,79 @@
+"""What a run did, for people: the result table, the same as markdown, and the table of model variants."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flows.run import Run, metrics
+
+VARIANT_COLUMNS = (
+    "rougeL",
+    "bleu",
+    "exact_match",
+    "slot_f1",
+    "perplexity",
+    "toxicity_rate",
+    "length_ratio",
+)
+METRICS_SHOWN = 3  # of a stage whose `meta: show` names none
+
+
+def as_rows(run: Run) -> list[dict[str, Any]]:
+    """One row a stage: stage, state, seconds, and metrics or the reason of a failure."""
+    return [
+        {
+            "stage": name,
+            "state": result.state,
+            "seconds": round(result.seconds, 1),
+            "result": result.message or _figures(metrics(run.root, name), run.stages[name].meta.show),
+        }
+        for name, result in run.results.items()
+    ]
+
+
+def variant_rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a variant of metrics/evaluate.json, then one a text baseline, with the columns that are there."""
+    baselines = evaluation.get("baselines", {})
+    found = {name: scores for name, scores in evaluation.items() if name != "baselines"} | dict(baselines)
+    scored = {name: scores for name, scores in found.items() if isinstance(scores, Mapping)}
+    columns = [column for column in VARIANT_COLUMNS if any(column in scores for scores in scored.values())]
+    if not columns:
+        return []
+    return [
+        {"variant": name, **{column: _number(scores.get(column, "")) for column in columns}}
+        for name, scores in scored.items()
+    ]
+
+
+def as_markdown(run: Run) -> str:
+    """The run in short, as markdown."""
+    parts = [f"# {run.title}", _table(as_rows(run))]
+    if variants := variant_rows(metrics(run.root, "evaluate")):
+        parts.append(_table(variants))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(row[column]) for column in head] for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _figures(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """`names` (dotted) among the metrics, or the first few numbers."""
+    flat = _flat(found)
+    shown = names or [name for name in flat if "." not in name][:METRICS_SHOWN]
+    return " ".join(f"{name}={_number(flat[name])}" for name in shown if name in flat)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    flat: dict[str, int | float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,255 @@
+"""One run of the pipeline: what is to be done, what became of each stage, and how to stop it.
+
+It knows nothing of Prefect: the flow decides when a stage's turn comes, and asks for it here.
+"""
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flows import pipeline
+from flows.pipeline import Change, Stage, StageError
+from flows.processes import Stopped
+from flows.workspace import child_environment
+from tasks.stage import tracking
+from tasks.stage.errors import UserError, say
+from tasks.stage.fingerprint import fingerprint
+from tasks.stage.recorder import Recorder, Status
+
+INTERRUPTED = 130
+State = Literal["waiting", "running", "done", "restored", "cached", "failed", "stopped", "not run"]
+STATES: dict[pipeline.How, State] = {"ran": "done", "restored": "restored", "unchanged": "cached"}
+GOOD = set(STATES.values())
+
+
+@dataclass
+class Result:
+    """What became of a stage: `code` and `message` of a failure, `seconds` of all its attempts together."""
+
+    stage: str
+    state: State = "waiting"
+    seconds: float = 0.0
+    attempts: int = 0
+    code: int = 0
+    message: str = ""
+    log: Path | None = None
+
+
+class Run:
+    """The stages of one run in graph order, and a `Result` for each.
+
+    `changed` says why a stage would run, `forced` names those that run in any case. At most `jobs` stages run
+    side by side, and besides them one that asks for a GPU.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        stages: Mapping[str, Stage],
+        changed: Mapping[str, tuple[Change, ...]],
+        forced: frozenset[str],
+        jobs: int,
+    ) -> None:
+        self.root = root
+        self.stages = stages
+        self.changed = changed
+        self.forced = forced
+        self.results = {name: Result(name) for name in stages}
+        self.stop = threading.Event()
+        self.parent: Recorder | None = None
+        self.flow_run_id = ""
+        self.due = _with_descendants(stages, {*forced, *(name for name in stages if changed[name])})
+        self._cpu, self._gpu = threading.BoundedSemaphore(jobs), threading.BoundedSemaphore(1)
+
+    @property
+    def title(self) -> str:
+        """What runs, in a few words: the stages that changed, and how many more may follow."""
+        if not self.due:
+            return "nothing to do"
+        own = [name for name in self.stages if name in self.forced or self.changed[name]]
+        shown = ", ".join(own[:3]) + (" …" if len(own) > 3 else "")
+        later = len(self.due) - len(own)
+        return shown + (f" +{later}" if later else "") + (" (forced)" if self.forced else "")
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0 when all is well, the first failing stage's if it is an answer, else 1."""
+        if self.stop.is_set():
+            return INTERRUPTED
+        failed = [result.code for result in self.results.values() if result.state == "failed"]
+        if not failed:
+            return 0
+        return failed[0] if failed[0] in {2, 3, pipeline.TRY_AGAIN} else 1
+
+    def record(self) -> None:
+        """Start the run's own record in MLflow, parent of those of its stages."""
+        if os.environ.get("LIFECYCLE_TRACKING") != "off":
+            revision = commit(self.root)
+            self.parent = tracking.start_parent(self.title, {"git.commit": revision} if revision else {})
+
+    def settle(self, name: str) -> Result:
+        """Bring one stage up to date; its parents are.
+
+        A stage that is up to date starts no process. Raises StageError when it fails, Stopped when the run is
+        being stopped.
+        """
+        result = self.results[name]
+        if self.stop.is_set():
+            result.state = "stopped"
+            raise Stopped
+        if self._up_to_date(name):
+            result.state = "cached"
+        else:
+            with self._gpu if self.stages[name].meta.gpu else self._cpu:
+                self._reproduce(name, result)
+        if self.parent is not None:
+            self._record(name, self.parent, result)
+        return result
+
+    def settle_rest(self) -> None:
+        """Bring up to date what nobody has settled yet, one stage after the other."""
+        for name, stage in self.stages.items():
+            ready = all(self.results[parent].state in GOOD for parent in self._parents(stage))
+            if ready and self.results[name].state == "waiting":
+                try:
+                    self.settle(name)
+                except (StageError, Stopped):
+                    continue  # told in its result
+
+    def close(self) -> None:
+        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would."""
+        for result in self.results.values():
+            if result.state in ("waiting", "running"):
+                result.state = "stopped" if self.stop.is_set() else "not run"
+        pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
+        if self.parent is not None:
+            self.parent.tags({"prefect.flow_run_id": self.flow_run_id})
+            tracking.end_parent(self.parent, _status(self.code))
+
+    def _up_to_date(self, name: str) -> bool:
+        if name in self.forced:
+            return False
+        # a parent may have made the same outputs again
+        return name not in self.due or not pipeline.changes(self.root, [name])[name]
+
+    def _reproduce(self, name: str, result: Result) -> None:
+        result.state, result.attempts = "running", result.attempts + 1
+        started = time.monotonic()
+        try:
+            how = pipeline.run_stage(
+                self.root,
+                name,
+                force=name in self.forced,
+                environment=child_environment(self._ids(result)),
+                seconds=self.stages[name].meta.timeout,
+                stop=self.stop,
+                tell=say,
+            )
+            result.state = STATES[how]
+        except StageError as error:
+            result.state, result.code, result.message, result.log = (
+                "failed",
+                error.code,
+                error.message,
+                error.log,
+            )
+            raise
+        except Stopped:
+            result.state = "stopped"
+            raise
+        finally:
+            result.seconds += time.monotonic() - started
+
+    def _ids(self, result: Result) -> dict[str, str]:
+        ids = {"LIFECYCLE_FLOW_RUN_ID": self.flow_run_id, "LIFECYCLE_ATTEMPT": str(result.attempts)}
+        if self.parent is not None:
+            ids["LIFECYCLE_PARENT_RUN_ID"] = self.parent.id
+        return ids
+
+    def _record(self, name: str, parent: Recorder, result: Result) -> None:
+        """Tell MLflow what DVC has committed, and which run made it."""
+        if result.state == "done" and (recording := pipeline.exit_record(self.root, name).get("recording")):
+            outputs = dict(pipeline.recorded_outputs(self.root).get(name, []))
+            tracking.tag_committed(parent, recording, outputs, commit(self.root))
+        try:
+            mark = fingerprint(name, self.root)
+        except UserError as error:
+            say(f"warning: {name} is not linked to its MLflow run: {error}")
+        else:
+            tracking.link(parent, name, mark, metrics(self.root, name))
+
+    def _parents(self, stage: Stage) -> list[str]:
+        return [parent for parent in stage.parents if parent in self.stages]
+
+
+def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int = 2) -> Run:
+    """A run of the stages `targets` and all they need; of every stage when none is named.
+
+    `force` runs the named stages (all of them, when none is) though they are up to date. Raises UserError for
+    an unknown stage or a wrong dvc.yaml.
+    """
+    graph = pipeline.read_graph(root)
+    named = list(targets)
+    for name in named:
+        if name not in graph:
+            raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
+    chosen = _with_ancestors(graph, named) if named else set(graph)
+    stages = {name: stage for name, stage in graph.items() if name in chosen}
+    forced = frozenset(named or stages) if force else frozenset[str]()
+    return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs)
+
+
+def metrics(root: Path, name: str) -> dict[str, Any]:
+    """What is in metrics/NAME.json; empty if there is none."""
+    path = root / "metrics" / f"{name}.json"
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def as_json(run: Run) -> list[dict[str, Any]]:
+    """The results for scripts."""
+    return [
+        {**asdict(result), "log": str(result.log) if result.log else None, "seconds": round(result.seconds, 3)}
+        for result in run.results.values()
+    ]
+
+
+def commit(root: Path) -> str | None:
+    """The git commit that is checked out, or None outside git and before the first commit."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None
+
+
+def _status(code: int) -> Status:
+    return "FINISHED" if code == 0 else "KILLED" if code == INTERRUPTED else "FAILED"
+
+
+def _with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for name in names:
+        if name not in found:
+            found |= {name, *_with_ancestors(stages, stages[name].parents)}
+    return found
+
+
+def _with_descendants(stages: Mapping[str, Stage], names: set[str]) -> set[str]:
+    """`names` and all that depends on them; `stages` has parents before children."""
+    found: set[str] = set()
+    for name, stage in stages.items():
+        if name in names or found & set(stage.parents):
+            found.add(name)
+    return found

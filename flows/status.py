@@ -1,0 +1,100 @@
+"""What `lifecycle status` says: of each stage whether it is up to date, and why not."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows import pipeline
+from flows.display import progress_text
+from tasks.stage.errors import say
+
+
+def look(root: Path) -> list[dict[str, Any]]:
+    """One entry a stage, in graph order: state (up to date, changed, parent changed, never run, running), why,
+    progress, outputs with their hashes, the last run and how it ended."""
+    graph = pipeline.read_graph(root)
+    changes = pipeline.changes(root, list(graph))
+    outputs = pipeline.recorded_outputs(root)
+    entries: list[dict[str, Any]] = []
+    stale: set[str] = set()
+    for name, stage in graph.items():
+        last = pipeline.exit_record(root, name)
+        owner = _running(root / ".work" / name / "lock")
+        changed_parents = [parent for parent in stage.parents if parent in stale]
+        if changes[name] or changed_parents:
+            stale.add(name)
+        entries.append(
+            {
+                "stage": name,
+                "state": _state(changes[name], changed_parents, owner),
+                "why": [str(change) for change in changes[name]]
+                or [f"after {parent}" for parent in changed_parents],
+                "process": owner,
+                "progress": pipeline.progress_record(root, name) if owner else {},
+                "outputs": dict(outputs.get(name, [])),
+                "mlflow_run": last.get("mlflow_run_id") or last.get("recording"),
+                "last_exit_code": last.get("exit_code"),
+                "last_message": last.get("message", ""),
+                "last_ended": last.get("ended"),
+            }
+        )
+    return entries
+
+
+def show(entries: list[dict[str, Any]]) -> None:
+    """Print the entries as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "state", "why", "outputs", "MLflow run", "last run", box=None, header_style="bold")
+    for entry in entries:
+        hashes = "\n".join(f"{path} {digest[:8]}" for path, digest in entry["outputs"].items())
+        why = "\n".join(entry["why"])
+        if entry["progress"]:
+            why = progress_text(entry["progress"])
+        table.add_row(
+            entry["stage"],
+            entry["state"],
+            why,
+            hashes,
+            (entry["mlflow_run"] or "")[:20],
+            _last(entry),
+            end_section=False,
+        )
+    Console().print(table)
+    if any(entry["why"] for entry in entries):
+        say("`lifecycle run` brings the rest up to date")
+
+
+def _state(changes: tuple[pipeline.Change, ...], changed_parents: list[str], owner: int | None) -> str:
+    if owner is not None:
+        return "running"
+    if any(change.kind == "never run" for change in changes):
+        return "never run"
+    if changes:
+        return "changed"
+    return "parent changed" if changed_parents else "up to date"
+
+
+def _last(entry: dict[str, Any]) -> str:
+    if entry["last_exit_code"] is None:
+        return ""
+    ended = str(entry["last_ended"])[:16].replace("T", " ")
+    return (
+        ended
+        if entry["last_exit_code"] == 0
+        else f"{ended} exit {entry['last_exit_code']}: {entry['last_message']}"
+    )
+
+
+def _running(lock: Path) -> int | None:
+    """The process that holds a stage's lock. It is not tried: a stage that starts meanwhile must get it."""
+    text = lock.read_text(encoding="ascii").strip() if lock.is_file() else ""
+    if not text:
+        return None
+    try:
+        started = psutil.Process(int(text)).create_time()
+    except psutil.NoSuchProcess:
+        return None
+    return int(text) if started <= lock.stat().st_mtime + 1 else None

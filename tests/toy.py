@@ -1,0 +1,195 @@
+"""A small repository with real stages that do what their params say: the ground for the tests of the flows."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import tasks
+
+CHILD_SECONDS = 120
+DVC_CONFIG = """\
+[core]
+    remote = storage
+    analytics = false
+    check_update = false
+    site_cache_dir = .work/dvc
+['remote "storage"']
+    url = storage
+"""
+PACKAGE = f"__path__.append({str(Path(tasks.__file__).parent)!r})\n"
+BEHAVIOUR = '''\
+"""What every stage of the toy repository does."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.stage import Context, GateRefused, Section, TryAgain, UserError, run_stage
+
+
+class Params(Section):
+    text: str
+    seconds: float
+    outcome: Literal["good", "wrong data", "gate", "crash", "crash once", "again once", "kill once"]
+
+
+def main(name: str, inputs: Sequence[str]) -> None:
+    with Path(".work/starts").open("a") as file:
+        file.write(f"{name} {os.getpid()}\\n")
+    run_stage(name, Params, lambda params, context: body(name, inputs, params, context), torch=False)
+
+
+def body(name: str, inputs: Sequence[str], params: Params, context: Context) -> dict[str, Any]:
+    again = Path(".work") / f"{name}.once"
+    first = not again.exists()
+    if params.outcome == "wrong data":
+        raise UserError("row 7: output is empty; fill it in")
+    if params.outcome == "gate":
+        raise GateRefused("accuracy 0.4 is below 0.5")
+    if params.outcome == "crash" or (params.outcome == "crash once" and first):
+        again.touch()
+        raise RuntimeError("boom")
+    if params.outcome == "again once" and first:
+        again.touch()
+        raise TryAgain("the server is busy")
+    if params.outcome == "kill once" and first:
+        again.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    steps = round(params.seconds * 20)
+    with context.progress(steps, name) as bar:
+        for _ in range(steps):
+            time.sleep(0.05)
+            bar.advance()
+    found = "".join(Path(path).read_text() for path in inputs)
+    Path("data").mkdir(exist_ok=True)
+    Path(f"data/{name}.txt").write_text(f"{name}: {params.text}\\n{found}")
+    return {"length": len(found), "words": len(found.split())}
+'''
+STAGE = """\
+from tasks.behaviour import Params, main
+
+__all__ = ["Params"]
+
+if __name__ == "__main__":
+    main({name!r}, {inputs!r})
+"""
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A repository whose stages are `graph`: name → parents."""
+
+    root: Path
+    graph: Mapping[str, Sequence[str]]
+
+    def lifecycle(
+        self, *arguments: str, code: int | None = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end; `code` is the exit code it must have (None: any)."""
+        return self.call([sys.executable, "-m", "flows.cli", *arguments], code, environment)
+
+    def dvc(self, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        return self.call([sys.executable, "-m", "dvc", *arguments], code, {})
+
+    def call(
+        self, command: Sequence[str], code: int | None, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment(environment), capture_output=True, text=True,
+            timeout=CHILD_SECONDS, check=False,
+        )  # fmt: skip
+        assert code is None or done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start the command in a session of its own and leave it running."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments], cwd=self.root, env=self.environment(environment),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": "off", "OMP_NUM_THREADS": "1", **extra}
+
+    def params(self) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((self.root / "params.yaml").read_text())
+        return found
+
+    def set(self, stage: str, **values: Any) -> None:
+        """Change keys of a stage's section in params.yaml."""
+        params = self.params()
+        params[stage].update(values)
+        (self.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def lock(self) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((self.root / "dvc.lock").read_text())
+        return found
+
+    def starts(self) -> list[str]:
+        """The stages that were started, in order; one that was started twice is there twice."""
+        path = self.root / ".work" / "starts"
+        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def processes(self) -> list[int]:
+        """The stage processes that were ever started."""
+        path = self.root / ".work" / "starts"
+        return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_starts(self) -> None:
+        (self.root / ".work" / "starts").unlink(missing_ok=True)
+
+    def output(self, stage: str) -> str:
+        return (self.root / "data" / f"{stage}.txt").read_text()
+
+    def record(self, stage: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.root / ".work" / stage / "last.json").read_text())
+        return found
+
+
+def build(root: Path, graph: Mapping[str, Sequence[str]], meta: Mapping[str, Any] | None = None) -> Toy:
+    """Write a toy repository; nothing has run in it."""
+    (root / "tasks").mkdir(parents=True)
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text(DVC_CONFIG)
+    (root / ".dvcignore").write_text("__pycache__/\n.work/\n")
+    (root / ".gitignore").write_text("__pycache__/\n.work/\n/data/\n.dvc/tmp\n.dvc/cache\n.dvc/storage\n")
+    (root / "tasks" / "__init__.py").write_text(PACKAGE)
+    (root / "tasks" / "behaviour.py").write_text(BEHAVIOUR)
+    stages = {}
+    params: dict[str, Any] = {"seed": 1, "compute": {"device": "cpu", "precision": "fp32", "threads": 1}}
+    for name, parents in graph.items():
+        inputs = [f"data/{parent}.txt" for parent in parents]
+        (root / "tasks" / f"{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
+        params[name] = {"text": name, "seconds": 0.0, "outcome": "good"}
+        stages[name] = {
+            "cmd": f"python -m tasks.{name}",
+            "deps": [f"tasks/{name}.py", *inputs],
+            "params": ["seed", "compute", name],
+            "outs": [f"data/{name}.txt"],
+            "metrics": [{f"metrics/{name}.json": {"cache": False}}],
+            "meta": {"retry_delay": 0.1, **((meta or {}).get(name, {}))},
+        }
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    return Toy(root, graph)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait until `condition` holds; fail when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
+        time.sleep(0.02)
