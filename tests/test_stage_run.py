@@ -98,6 +98,12 @@ class Workspace:
         record: dict[str, Any] = json.loads((self.folder / ".work/toy/last.json").read_text(encoding="utf-8"))
         return record
 
+    def progress(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(
+            (self.folder / ".work/toy/progress.json").read_text(encoding="utf-8")
+        )
+        return state
+
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob(".work/toy/*/checkpoint-*"))
 
@@ -182,8 +188,7 @@ def test_a_body_that_saves_is_given_the_time(workspace: Workspace) -> None:
     process.communicate(timeout=10)
     assert process.returncode == 143
     assert len(workspace.checkpoints()) == 1
-    progress = json.loads((workspace.folder / ".work/toy/progress.json").read_text(encoding="utf-8"))
-    assert progress["done"] == int(workspace.checkpoints()[0].name.removeprefix("checkpoint-"))
+    assert workspace.progress()["done"] == int(workspace.checkpoints()[0].name.removeprefix("checkpoint-"))
 
 
 def test_a_body_that_does_not_react_is_ended_by_a_second_request(workspace: Workspace) -> None:
@@ -218,13 +223,9 @@ def test_a_stage_whose_dvc_is_killed_saves_and_ends(workspace: Workspace, comman
 
 
 def test_a_stage_under_a_shell_that_somebody_types_into_may_outlive_it(workspace: Workspace) -> None:
+    pipe = subprocess.PIPE
     shell = subprocess.Popen(
-        ["sh"],
-        cwd=workspace.folder,
-        env=workspace.environment,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        ["sh"], cwd=workspace.folder, env=workspace.environment, stdin=pipe, stderr=pipe, text=True
     )
     (workspace.folder / "params.yaml").write_text(PARAMS.replace("DOES", "save"), encoding="utf-8")
     assert shell.stdin is not None
@@ -235,15 +236,8 @@ def test_a_stage_under_a_shell_that_somebody_types_into_may_outlive_it(workspace
     assert stage is not None
     shell.kill()
     shell.wait()
-    looks = (
-        json.loads((workspace.folder / ".work/toy/progress.json").read_text(encoding="utf-8"))["seconds"] + 2
-    )
-    until(
-        lambda: (
-            json.loads((workspace.folder / ".work/toy/progress.json").read_text(encoding="utf-8"))["seconds"]
-            > looks
-        )
-    )
+    seen = workspace.progress()["seconds"]
+    until(lambda: workspace.progress()["seconds"] > seen + 2)  # it would have been noticed within half a second
     os.kill(stage, signal.SIGTERM)
     shell.communicate(timeout=20)
     assert workspace.last()["exit_code"] == 143
@@ -260,6 +254,8 @@ def test_checkpoints_of_other_params_go_when_the_stage_is_done(workspace: Worksp
 
 
 def test_importing_the_package_is_light() -> None:
-    script = "import sys, tasks.stage; print(*sorted({'torch', 'mlflow', 'numpy', 'pandas', 'rich'} & set(sys.modules)))"
+    script = (
+        "import sys, tasks.stage; print(*{'torch', 'mlflow', 'numpy', 'pandas', 'rich'} & set(sys.modules))"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == ""

@@ -2,13 +2,17 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
+
+TRIES = 5  # `holder` takes a lock for an instant to see whether it is free
+SECONDS_BETWEEN_TRIES = 0.02
 
 
 class Lock:
     """An exclusive lock on `path`; the file holds the owner's process id.
 
-    The operating system releases it when the process ends. Forked children do not inherit it.
+    The operating system releases it when the process ends, also when children it forked live on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -16,16 +20,14 @@ class Lock:
         self._descriptor: int | None = None
 
     def acquire(self, *, wait: bool = False) -> bool:
-        """Take the lock; when another process has it, wait for it, or give False at once."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+        """Take the lock; when somebody has it, wait for it, or give False at once."""
+        descriptor = _lock(self.path, TRIES if not wait else None)
+        if descriptor is None:
             return False
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
+        os.register_at_fork(after_in_child=self.release)  # a forked child shares the lock until it closes it
         return True
 
     def release(self) -> None:
@@ -39,10 +41,25 @@ def holder(path: Path) -> int | None:
     if not path.exists():
         return None
     written = path.read_text(encoding="ascii").strip()
-    if written == str(os.getpid()):  # opening and closing the file here would release our own lock
-        return os.getpid()
-    lock = Lock(path)
-    if lock.acquire():
-        lock.release()
-        return None
-    return int(written) if written else None
+    descriptor = _lock(path, 1)
+    if descriptor is None:
+        return int(written) if written else None
+    os.close(descriptor)
+    return None
+
+
+def _lock(path: Path, tries: int | None) -> int | None:
+    """Open and lock a file; None when somebody else has it at each try. Without a number of tries, wait."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if tries is None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if left:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+    os.close(descriptor)
+    return None

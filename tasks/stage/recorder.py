@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -58,9 +59,13 @@ class Recorder:
         """Start the process that sends the events on while they come in."""
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         command = [sys.executable, "-m", "tasks.stage.tracking", str(self.folder), str(os.getpid())]
-        self._sender = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        # a stop request to the whole group is meant for us: the sender, which inherits the mask, sees how we end
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            self._sender = subprocess.Popen(command, env=environment, stdin=nothing, stdout=pipe, text=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._write({"kind": "params", "values": flat(redacted(dict(values)))})
@@ -111,15 +116,16 @@ class Recorder:
         if self._events is not None:
             os.close(self._events)
             self._events = None
-        return self._wait() if self._sender is not None else None
+        run_id = self._wait(self._sender) if self._sender is not None else None
+        self._alive.release()
+        return run_id
 
-    def _wait(self) -> str | None:
-        assert self._sender is not None
+    def _wait(self, sender: subprocess.Popen[str]) -> str | None:
         try:
-            answer, _ = self._sender.communicate(timeout=SECONDS_TO_SEND)
+            answer, _ = sender.communicate(timeout=SECONDS_TO_SEND)
         except subprocess.TimeoutExpired:
-            self._sender.kill()
-            self._sender.communicate()
+            sender.kill()
+            sender.communicate()
             say(f"warning: sending the run takes too long: `lifecycle upload` sends it from {self.folder}")
             return None
         return answer.strip() or None

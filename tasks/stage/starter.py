@@ -14,7 +14,7 @@ SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 def links_to_starter() -> list[tuple[int, int]]:
-    """(process, parent) from this process up to the first that is more than a shell running a command (`sh -c`).
+    """(process, parent) from this process up to the first that is not a shell running a command (`sh -c`).
 
     A shell that a person types into does not count: with `nohup` a stage may outlive it.
     """

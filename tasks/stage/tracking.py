@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -307,6 +306,7 @@ def _client() -> Any:
     # a server that does not answer is asked again by us, later: not by the client, while somebody waits
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results
     from mlflow import MlflowClient
 
     return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
@@ -403,8 +403,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _main(folder: Path, writer: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the writer: its end is what we wait for
     os.nice(5)
     lock = Lock(folder / "sender")
     lock.acquire()
