@@ -65,6 +65,25 @@ def encode_responses(
     return [(ids if ids[-1:] == [end] else [*ids, end])[:max_tokens] for ids in encoded]
 
 
+def whole_text(lm: LanguageModel, ids: Sequence[int]) -> list[int]:
+    """The token ids of a raw text as a causal model reads it: behind a start token, closed by the end token.
+
+    Where a tokenizer has no start token its end token stands there, as between the documents it was trained on.
+    """
+    end = lm.tokenizer.eos_token_id
+    start = end if lm.tokenizer.bos_token_id is None else lm.tokenizer.bos_token_id
+    return [start, *ids, end]
+
+
+def continuation(lm: LanguageModel, ids: Sequence[int], at: int) -> tuple[list[int], list[int]]:
+    """A raw text as prompt (its first `at` tokens) and response (the others)."""
+    if lm.is_encoder_decoder:
+        end = lm.tokenizer.eos_token_id
+        return [*ids[:at], end], [*ids[at:], end]
+    text = whole_text(lm, ids)
+    return text[: at + 1], text[at + 1 :]
+
+
 def cut_middle(ids: list[int], max_tokens: int | None) -> list[int]:
     """`ids`, or its first and last tokens when it is longer than `max_tokens`."""
     if max_tokens is None or len(ids) <= max_tokens:

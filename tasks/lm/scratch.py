@@ -1,0 +1,132 @@
+"""A model and its tokenizer made here: T5- or Llama-style, of any size, with BPE learnt from a corpus."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tasks.lm.architecture import Architecture
+from tasks.lm.model import LanguageModel
+
+PAD, END, START = "<pad>", "</s>", "<s>"
+
+
+def build(architecture: Architecture, texts: Iterable[str], sentinels: int) -> LanguageModel:
+    """A model with random weights (from torch's generator) and a tokenizer learnt from `texts`, on the CPU.
+
+    A T5 vocabulary holds `sentinels` tokens `<extra_id_0>` … for span corruption.
+    """
+    tokenizer = train_tokenizer(architecture, texts, sentinels)
+    model = _t5(architecture, tokenizer) if architecture.family == "t5" else _llama(architecture, tokenizer)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    starts: dict[str, Any] = (
+        {"decoder_start_token_id": tokenizer.pad_token_id}
+        if architecture.family == "t5"
+        else {"bos_token_id": tokenizer.bos_token_id}
+    )
+    model.generation_config = GenerationConfig(**ids, **starts)
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def train_tokenizer(
+    architecture: Architecture, texts: Iterable[str], sentinels: int
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al. 2016, 1508.07909): no text is unknown, digits stay single.
+
+    A word has the same tokens at the start of a line as after a space, which spares a small model learning each
+    word twice. T5 ends every text with the end token, Llama begins it with the start token.
+    """
+    seq2seq = architecture.family == "t5"
+    special = [PAD, END, *([f"<extra_id_{i}>" for i in range(sentinels)] if seq2seq else [START])]
+    tokenizer = Tokenizer(models.BPE())
+    # A space before a word that starts the text (made a line for the moment) or a line. The pattern takes the line
+    # end with it: a pattern of no width makes tokenizers fail.
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Prepend("\n"),
+            normalizers.Replace(Regex(r"\n(?=\w)"), "\n "),
+            normalizers.Replace(Regex(r"\A\n"), ""),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = BpeTrainer(
+        vocab_size=architecture.vocabulary - len(architecture.added_tokens),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_without(architecture.added_tokens, texts), trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in architecture.added_tokens])
+    template, token = (f"$A {END}", END) if seq2seq else (f"{START} $A", START)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        bos_token=None if seq2seq else START,
+        padding_side="right" if seq2seq else "left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _without(tokens: Sequence[str], texts: Iterable[str]) -> Iterable[str]:
+    """The texts between added tokens: no merges are spent on what is one token anyway."""
+    if not tokens:
+        return texts
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    return (part for text in texts for part in pattern.split(text))
+
+
+def _t5(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """T5 1.1 (gated GELU), but with the tied and scaled embeddings of the first T5."""
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=architecture.d_model,
+            d_kv=architecture.d_model // architecture.heads,
+            d_ff=architecture.d_ff,
+            num_layers=architecture.layers,
+            num_heads=architecture.heads,
+            dropout_rate=architecture.dropout,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _llama(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=architecture.d_model,
+            intermediate_size=architecture.d_ff,
+            num_hidden_layers=architecture.layers,
+            num_attention_heads=architecture.heads,
+            attention_dropout=architecture.dropout,
+            max_position_embeddings=architecture.positions,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    )

@@ -1,0 +1,279 @@
+"""Train a language model of either family on prompts and responses, with transformers' Trainer.
+
+Added to the Trainer: batches of similar length; a loss over response tokens only, the mean over all of them
+in the global batch, so that accumulation changes nothing; checkpoints that are verified before they are
+resumed; a stop on request that saves first. On a CPU an interrupted run ends with the bytes of an
+uninterrupted one.
+"""
+
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from tasks.lm.device import device, precision
+from tasks.lm.model import LanguageModel
+from tasks.lm.respond import IGNORED, collate, likelihoods, model_inputs
+from tasks.lm.schedule import Schedule
+from tasks.stage import Context, ParamsError, checkpoints
+from tasks.stage.progress import Bar
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response
+Row = dict[str, float]
+
+BATCHES_PER_WINDOW = 64  # rows are sorted by length within so many batches, which keeps most of the shuffling
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run did; all but the last three is the same every time."""
+
+    steps: int
+    tokens: int  # prompt and response tokens trained on, padding left out
+    losses: list[Row]  # step, loss, grad_norm, learning_rate
+    evaluations: list[Row]  # step, eval_loss
+    seconds: float  # spent in steps; a resumed run counts from its resumption
+    tokens_per_second: float
+    peak_memory: int  # bytes: of the GPU, or of the process on a CPU
+
+
+def train(
+    lm: LanguageModel,
+    lengths: Sequence[int],
+    pair: Callable[[int], Pair],
+    held_out: Sequence[Pair],
+    schedule: Schedule,
+    learning_rate: float,
+    context: Context,
+) -> Training:
+    """Train the parameters of `lm` that require gradients, in place.
+
+    Row r of epoch e is `pair(e * len(lengths) + r)`, about `lengths[r]` tokens long. Resumes from the newest
+    whole checkpoint in `context.work`. Raises ParamsError when the rows do not fill one batch, and
+    Interrupted once a checkpoint was written on request.
+    """
+    logging.disable_progress_bar()
+    plan = batches(lengths, schedule, context.seed)
+    steps = len(plan) * schedule.rows_at_once // schedule.batch_size
+    if steps == 0:
+        raise ParamsError(
+            f"{context.name}: {len(lengths)} examples x {schedule.epochs} epochs do not fill one batch "
+            f"of {schedule.batch_size}; lower batch_size or raise epochs"
+        )
+    step_tokens = [sum(lengths[draw % len(lengths)] for draw in step) for step in _steps_of(plan, steps)]
+    start = checkpoints.newest_verified(context.work)
+    trainer = _ResponseTrainer(
+        model=lm.model,
+        args=_arguments(schedule, learning_rate, steps, context),
+        train_dataset=_Plan(plan, pair),
+        data_collator=lambda items: _trainer_inputs(lm, items[0]),
+    )
+    trainer.remove_callback(PrinterCallback)
+    with context.progress(steps, f"{context.name}: training") as bar:
+        watch = _Watch(
+            context=context,
+            bar=bar,
+            step_tokens=step_tokens,
+            evaluate_at={
+                round(steps * part / schedule.evaluations) for part in range(schedule.evaluations + 1)
+            },
+            evaluate=lambda: trainer.log({"eval_loss": mean_loss(lm, held_out, schedule.rows_at_once)}),
+            stop_at_multiples_of=schedule.log_every,
+        )
+        trainer.add_callback(watch)
+        with context.save_on_stop():
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    lm.model.eval()
+    return Training(
+        steps=steps,
+        tokens=sum(step_tokens),
+        losses=_rows(trainer.state.log_history, ("step", "loss", "grad_norm", "learning_rate")),
+        evaluations=_rows(trainer.state.log_history, ("step", "eval_loss")),
+        seconds=watch.seconds,
+        tokens_per_second=watch.tokens / watch.seconds if watch.seconds else 0.0,
+        peak_memory=peak_memory(lm.device),
+    )
+
+
+def batches(lengths: Sequence[int], schedule: Schedule, seed: int) -> list[list[int]]:
+    """Micro-batches of draws (epoch * rows + row), in the order they are trained on.
+
+    Each epoch sees every row once, in a new order; rows of similar length share a batch. What does not fill a
+    last batch is left out. The micro-batch size changes how a batch is cut, never what is in it.
+    """
+    generator = np.random.default_rng(seed)
+    rows, size = len(lengths), schedule.batch_size
+    epochs = [generator.permutation(rows) + epoch * rows for epoch in range(math.ceil(schedule.epochs))]
+    draws = np.concatenate(epochs)[: int(rows * schedule.epochs) // size * size]
+    length_of = np.asarray(lengths)
+    planned: list[list[int]] = []
+    for start in range(0, len(draws), size * BATCHES_PER_WINDOW):
+        window = draws[start : start + size * BATCHES_PER_WINDOW]
+        by_length = window[np.argsort(-length_of[window % rows], kind="stable")].reshape(-1, size)
+        planned += generator.permutation(by_length).reshape(-1, schedule.rows_at_once).tolist()
+    return planned
+
+
+def mean_loss(lm: LanguageModel, pairs: Sequence[Pair], batch_size: int) -> float:
+    """Mean negative log-likelihood (nats) of a response token."""
+    was_training = lm.model.training
+    lm.model.eval()
+    prompts, responses = zip(*pairs, strict=True)
+    found = likelihoods(lm, prompts, responses, batch_size=batch_size)
+    lm.model.train(was_training)
+    return sum(value.nll for value in found) / sum(value.tokens for value in found)
+
+
+def forget_checkpoints(context: Context) -> None:
+    """Remove the checkpoints of a run whose outputs are written: a forced rerun trains anew."""
+    for folder in context.work.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+def peak_memory(where: torch.device) -> int:
+    """Most bytes that were in use at once: GPU memory on a GPU, else the memory of this process."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Plan(Dataset[list[Pair]]):
+    """Item i is the i-th micro-batch."""
+
+    def __init__(self, plan: list[list[int]], pair: Callable[[int], Pair]) -> None:
+        self._plan = plan
+        self._pair = pair
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> list[Pair]:
+        return [self._pair(draw) for draw in self._plan[index]]
+
+
+class _ResponseTrainer(Trainer):  # type: ignore[misc]
+    """The loss is the mean over all response tokens of the global batch, for either family."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        labels = inputs["shift_labels"]
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        logits = model(**arguments).logits[:, : labels.shape[1]].flatten(0, 1).float()
+        total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        processes = self.accelerator.num_processes  # which average their gradients
+        loss: Tensor = total * processes / num_items_in_batch
+        return loss
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows progress, takes the held-out loss, seals checkpoints, and stops on request."""
+
+    def __init__(
+        self,
+        *,
+        context: Context,
+        bar: Bar,
+        step_tokens: Sequence[int],
+        evaluate_at: set[int],
+        evaluate: Callable[[], None],
+        stop_at_multiples_of: int,
+    ) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self._context, self._bar, self._step_tokens = context, bar, step_tokens
+        self._evaluate_at, self._evaluate = evaluate_at, evaluate
+        self._stop_at_multiples_of = stop_at_multiples_of
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.advance(state.global_step)
+        if state.global_step == 0:
+            self._evaluate()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.tokens += self._step_tokens[state.global_step - 1]
+        self._bar.advance()
+        if state.global_step in self._evaluate_at:
+            self._evaluate()
+        if self._context.stopping and state.global_step % self._stop_at_multiples_of == 0:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Row, **_: Any) -> None:
+        losses = {name: value for name, value in logs.items() if name in ("loss", "eval_loss")}
+        self._bar.advance(0, **losses)
+        self._context.track.metrics(losses, step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _trainer_inputs(lm: LanguageModel, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Model inputs; `shift_labels` tells the Trainer that every label counts, the first one too."""
+    prompts, responses = zip(*pairs, strict=True)
+    inputs = model_inputs(lm, collate(lm, prompts, responses))
+    return {**inputs, "shift_labels": inputs["labels"]}
+
+
+def _arguments(schedule: Schedule, learning_rate: float, steps: int, context: Context) -> TrainingArguments:
+    on_cpu = device(context.compute).type == "cpu"
+    return TrainingArguments(
+        output_dir=str(context.work),
+        seed=context.seed,
+        num_train_epochs=1,  # the plan holds all of them
+        per_device_train_batch_size=1,  # an item of the plan is a micro-batch
+        gradient_accumulation_steps=schedule.batch_size // schedule.rows_at_once,
+        train_sampling_strategy="sequential",
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(schedule.warmup * steps),
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.clip,
+        optim="adamw_torch_fused",
+        use_cpu=on_cpu,
+        bf16=precision(context.compute) == torch.bfloat16,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        logging_steps=schedule.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=schedule.checkpoint_every,
+        save_total_limit=2,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _steps_of(plan: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
+    """The draws of each optimizer step."""
+    each = len(plan) // steps
+    return [[draw for part in plan[at : at + each] for draw in part] for at in range(0, len(plan), each)]
+
+
+def _rows(history: Sequence[Row], names: tuple[str, ...]) -> list[Row]:
+    return [{name: row[name] for name in names} for row in history if set(names) <= set(row)]
