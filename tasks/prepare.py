@@ -8,10 +8,11 @@ that were rejected, and a data card. Needs no network unless a source is on the 
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -35,8 +36,8 @@ from tasks.stage import Context, DataError, Section, run_stage
 if TYPE_CHECKING:
     from tasks.data.card import Card, SourceFigures
     from tasks.data.corpus import Corpus, Recorder, Rejects
+    from tasks.data.duplicates import Mask
     from tasks.data.selection import Selection
-    from tasks.data.sources import Origin
 
 Metrics = dict[str, int]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -117,25 +118,55 @@ def prepare(
 
     Returns the figures of metrics/prepare.json. Raises DataError for data that is wrong.
     """
-    from tasks.data.corpus import Rejects, reject_repeated_ids
-    from tasks.data.selection import held_out_groups, select_examples, select_text
-    from tasks.stage.files import new_file, new_folder
+    from tasks.stage.files import new_folder
 
-    skip = params.on_error == "skip"
-    example_origins = [origins_of(source) for source in params.examples]
-    text_origins = [origins_of(source) for source in params.text.sources]
-    example_recorder = ExampleRecorder(params.examples, params.templates, params.max_field_chars)
-    text_recorder = TextRecorder(params.text.sources, params.max_field_chars)
+    with ExitStack() as stack:
+        corpus, fresh, documents = _read(params, rejects, stack, context)
+        chosen, read = _select(params, corpus, fresh, documents)
+        with new_folder(examples) as folder:
+            corpus.write(chosen.places, [folder / f"{split}.jsonl" for split in SPLITS])
+        with new_folder(text) as folder:
+            documents.write(read.places, [folder / f"{split}.jsonl" for split in SPLITS[:2]])
+        page = _card(params, corpus, chosen, documents, read)
+    page.write(card, plots)
+    for source in (*page.sources, *page.text_sources):
+        for file in source.files:
+            if file.digest is not None:
+                context.track.dataset(source.name, Path(file.name), file.digest, file.rows)
+    context.track.figure("lengths", plots / "lengths.png")
+    return page.metrics()
+
+
+def _read(
+    params: Params, rejects: Path, stack: ExitStack, context: Context
+) -> tuple["Corpus", "Mask", "Corpus"]:
+    """The examples, which of them have an id of their own, and the raw text; `stack` removes their files."""
+    from tasks.data.corpus import Rejects, reject_repeated_ids
+    from tasks.stage.files import new_file
+
+    sources, texts = params.examples, params.text.sources
+    skip, longest = params.on_error == "skip", params.max_field_chars
     with new_file(rejects) as file:
-        rejected = Rejects(example_origins, file, skip=skip)
+        rejected = Rejects(list(map(origins_of, sources)), file, skip=skip)
+        text_rejected = Rejects(list(map(origins_of, texts)), file, skip=skip)
+        record = ExampleRecorder(sources, params.templates, longest)
         sign = params.deduplicate.near is not None or params.leakage is not None
-        corpus = _gather(params.examples, example_recorder, sign, rejected, "examples", params, context)
+        corpus = _gather(sources, record, sign, rejected, "examples", longest, context)
+        stack.callback(corpus.close)
         fresh = reject_repeated_ids(corpus, rejected)
-        rejected = Rejects(text_origins, file, skip=skip)
         sign = params.text.deduplicate.near is not None
-        documents = _gather(params.text.sources, text_recorder, sign, rejected, "text", params, context)
-    _check_share(params.examples, corpus, params.max_rejected_share, rejects)
-    _check_share(params.text.sources, documents, params.max_rejected_share, rejects)
+        documents = _gather(texts, TextRecorder(texts, longest), sign, text_rejected, "text", longest, context)
+        stack.callback(documents.close)
+    for of_sources, made in ((sources, corpus), (texts, documents)):
+        _check_counts(of_sources, made, params.max_rejected_share, rejects)
+    return corpus, fresh, documents
+
+
+def _select(
+    params: Params, corpus: "Corpus", fresh: "Mask", documents: "Corpus"
+) -> tuple["Selection", "Selection"]:
+    from tasks.data.selection import held_out_groups, select_examples, select_text
+
     chosen = select_examples(
         corpus,
         fresh,
@@ -153,23 +184,7 @@ def prepare(
         validation=params.text.validation,
         held_out=held_out_groups(corpus, chosen),
     )
-    with new_folder(examples) as folder:
-        corpus.write(chosen.places, [folder / f"{split}.jsonl" for split in SPLITS])
-    with new_folder(text) as folder:
-        documents.write(read.places, [folder / f"{split}.jsonl" for split in SPLITS[:2]])
-    page = _card(
-        corpus,
-        chosen,
-        _figures(params.examples, example_origins, corpus, chosen),
-        documents,
-        read,
-        _figures(params.text.sources, text_origins, documents, read),
-    )
-    page.write(card, plots)
-    _record(page, plots, context)
-    corpus.close()
-    documents.close()
-    return page.metrics()
+    return chosen, read
 
 
 def _gather(
@@ -178,15 +193,14 @@ def _gather(
     sign: bool,
     rejects: "Rejects",
     what: str,
-    params: Params,
+    longest: int,
     context: Context,
 ) -> "Corpus":
     """Read, map and check the rows of `sources`, with signatures if `sign`."""
     from tasks.data.corpus import convert, gather, in_order
 
     chunks = chain.from_iterable(
-        chunks_of(source, position, context.seed, params.max_field_chars)
-        for position, source in enumerate(sources)
+        chunks_of(source, position, context.seed, longest) for position, source in enumerate(sources)
     )
     workers = context.compute.threads or os.cpu_count() or 1
     batches = in_order(partial(convert, recorder, sign), chunks, workers)
@@ -194,9 +208,12 @@ def _gather(
         return gather(batches, len(sources), rejects, context.work / f"{what}.jsonl", bar)
 
 
-def _check_share(sources: Sequence[AnySource], corpus: "Corpus", most: float, rejects: Path) -> None:
-    """Raise DataError when more than the share `most` of a source's rows is bad."""
+def _check_counts(sources: Sequence[AnySource], corpus: "Corpus", most: float, rejects: Path) -> None:
+    """Raise DataError when a source has no rows, or more than the share `most` of them is bad."""
     for source, read, bad in zip(sources, corpus.read, corpus.rejected, strict=True):
+        if not read:
+            names = ", ".join(origin.shown for origin in origins_of(source))
+            raise DataError(f"{names}: empty, expected at least one row (source {name_of(source)})")
         if bad > most * read:
             raise DataError(
                 f"source {name_of(source)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}), allowed are "
@@ -204,12 +221,36 @@ def _check_share(sources: Sequence[AnySource], corpus: "Corpus", most: float, re
             )
 
 
-def _figures(
-    sources: Sequence[AnySource],
-    origins: Sequence[Sequence["Origin"]],
-    corpus: "Corpus",
-    selection: "Selection",
-) -> list["SourceFigures"]:
+def _card(
+    params: Params, corpus: "Corpus", chosen: "Selection", documents: "Corpus", read: "Selection"
+) -> "Card":
+    import numpy as np
+
+    from tasks.data.card import Card
+
+    rows_of = {
+        task: np.flatnonzero((corpus.rows["task"] == number) & (chosen.places >= 0))
+        for task, number in sorted(zip(corpus.tasks, range(len(corpus.tasks)), strict=True))
+    }
+    rows_of = {task: rows for task, rows in rows_of.items() if len(rows)}
+    return Card(
+        sources=_figures(params.examples, corpus, chosen),
+        text_sources=_figures(params.text.sources, documents, read),
+        counts={task: chosen.counts(rows, len(SPLITS)) for task, rows in rows_of.items()},
+        text_counts=read.counts(np.arange(len(documents)), 2),
+        input_words={task: corpus.rows["input_words"][rows] for task, rows in rows_of.items()},
+        output_words={task: corpus.rows["output_words"][rows] for task, rows in rows_of.items()},
+        text_words=documents.rows["input_words"][read.places >= 0],
+        near=[
+            f"{corpus.record(row)['id']} is near {corpus.record(earlier)['id']} "
+            f"({corpus.resemblance(row, earlier):.2f})"
+            for row, earlier in chosen.near[:SHOWN]
+        ],
+        shown={task: [corpus.record(int(row)) for row in rows[:SHOWN]] for task, rows in rows_of.items()},
+    )
+
+
+def _figures(sources: Sequence[AnySource], corpus: "Corpus", selection: "Selection") -> list["SourceFigures"]:
     """What became of the rows of each source."""
     from tasks.data.card import FileFigures, SourceFigures
 
@@ -224,62 +265,14 @@ def _figures(
         count(selection.places >= 0),
         [
             [
-                FileFigures(origin.shown, corpus.count_of_origin(source, number), origin.digest())
-                for number, origin in enumerate(of_source)
+                FileFigures(origin.shown, corpus.count_of_origin(position, number), origin.digest())
+                for number, origin in enumerate(origins_of(source))
             ]
-            for source, of_source in enumerate(origins)
+            for position, source in enumerate(sources)
         ],
         strict=True,
     )
     return [SourceFigures(*column) for column in columns]
-
-
-def _card(
-    corpus: "Corpus",
-    chosen: "Selection",
-    sources: list["SourceFigures"],
-    documents: "Corpus",
-    read: "Selection",
-    text_sources: list["SourceFigures"],
-) -> "Card":
-    import numpy as np
-
-    from tasks.data.card import Card
-
-    rows_of = {
-        task: np.flatnonzero((corpus.rows["task"] == number) & (chosen.places >= 0))
-        for number, task in sorted(enumerate(corpus.tasks), key=lambda pair: pair[1])
-    }
-    rows_of = {task: rows for task, rows in rows_of.items() if len(rows)}
-    return Card(
-        sources=sources,
-        text_sources=text_sources,
-        counts={task: _counts(chosen.places[rows], len(SPLITS)) for task, rows in rows_of.items()},
-        text_counts=_counts(read.places[read.places >= 0], 2),
-        input_words={task: corpus.rows["input_words"][rows] for task, rows in rows_of.items()},
-        output_words={task: corpus.rows["output_words"][rows] for task, rows in rows_of.items()},
-        text_words=documents.rows["input_words"][read.places >= 0],
-        near=[
-            f"{corpus.record(row)['id']} is near {corpus.record(earlier)['id']} "
-            f"({corpus.resemblance(row, earlier):.2f})"
-            for row, earlier in chosen.near[:SHOWN]
-        ],
-        shown={task: [corpus.record(int(row)) for row in rows[:SHOWN]] for task, rows in rows_of.items()},
-    )
-
-
-def _counts(places: Any, length: int) -> list[int]:
-    import numpy as np
-
-    return [int(number) for number in np.bincount(places, minlength=length)]
-
-
-def _record(page: "Card", plots: Path, context: Context) -> None:
-    for source in (*page.sources, *page.text_sources):
-        for file in source.files:
-            if file.digest is not None:
-                context.track.dataset(source.name, Path(file.name), file.digest, file.rows)
-    context.track.figure("lengths", plots / "lengths.png")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ class Card:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, series) in zip(axes, panels.items(), strict=True):
             longest = max(int(words.max()) for words in series.values())
-            bins = np.linspace(0, longest + 1, min(BINS, longest + 1) + 1)
+            width = longest // BINS + 1
+            bins = np.arange(0, longest + width + 1, width)
             for task, words in series.items():
                 axis.hist(words, bins=bins, histtype="step", label=task)
             axis.set(title=title, xlabel="words", ylabel="rows")

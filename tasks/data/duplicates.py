@@ -30,7 +30,7 @@ Signatures = NDArray[np.uint8]
 _GENERATOR = np.random.default_rng(19970611)
 _FACTORS = _GENERATOR.integers(2**32, size=FUNCTIONS, dtype=np.uint32) | np.uint32(1)
 _TERMS = _GENERATOR.integers(2**32, size=FUNCTIONS, dtype=np.uint32)
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def repeats(keys: Hashes) -> Mask:
@@ -137,7 +137,7 @@ def _buckets(found: Signatures, scopes: Hashes, chosen: Mask) -> Iterator[tuple[
     scopes = scopes[positions]
     for band in range(0, FUNCTIONS, ROWS_IN_BAND):
         columns = np.ascontiguousarray(found[positions, band : band + ROWS_IN_BAND])
-        buckets = (columns.view(np.uint32)[:, 0] + scopes) * _GOLDEN
+        buckets = (columns.view(np.uint32)[:, 0] + scopes) * GOLDEN
         order = np.argsort(buckets, kind="stable")
         same = np.zeros(len(order), dtype=bool)
         same[1:] = buckets[order[1:]] == buckets[order[:-1]]

@@ -7,9 +7,9 @@ import string
 from collections.abc import Mapping
 from functools import cache
 from itertools import takewhile
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from tasks.data.keys import key, normalise
 from tasks.data.records import Example, Ranking, Split
@@ -34,10 +34,22 @@ class RankingColumns(Section):
     prompt: it then ends with the last `marker` that all of them share.
     """
 
-    completions: tuple[str, ...]
+    completions: Annotated[tuple[str, ...], Field(min_length=2)]
     prompt: Spec | None
     marker: str | None
     group: Spec | None
+
+    @model_validator(mode="after")
+    def _one_way_to_the_prompt(self) -> Self:
+        if (self.prompt is None) == (self.marker is None):
+            raise ValueError("give either prompt or marker")
+        return self
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The columns that a row must have."""
+        specs = [spec for spec in (self.prompt, self.group) if spec is not None]
+        return frozenset(self.completions).union(*map(columns_of, specs))
 
 
 @cache
@@ -139,8 +151,10 @@ def example(
     return _checked(Example, fields, behind), question
 
 
-def ranking(row: Row, columns: RankingColumns, longest: int) -> Ranking:
+def ranking(row: Row | Fault, columns: RankingColumns, longest: int) -> Ranking:
     """The ranking that a row makes. Raises Fault when a field is not what a Ranking needs."""
+    if isinstance(row, Fault):
+        raise row
     completions = [_text(row, column, longest) for column in columns.completions]
     if columns.prompt is not None:
         prompt = fill(columns.prompt, row, longest)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.data.corpus import Corpus
-from tasks.data.duplicates import Hashes, Mask, near_crossings, near_repeats, repeats
+from tasks.data.duplicates import GOLDEN, Hashes, Mask, near_crossings, near_repeats, repeats
 from tasks.data.splits import (
     TEST,
     TRAIN,
@@ -37,6 +38,11 @@ class Selection:
     repeats: Mask
     near: list[tuple[int, int]]
     left_out: Mask
+
+    def counts(self, rows: NDArray[np.int64], splits: int) -> list[int]:
+        """How many of the given rows [R] are in each of the first `splits` splits."""
+        places = self.places[rows]
+        return [int(number) for number in np.bincount(places[places >= 0], minlength=splits)]
 
     @property
     def near_mask(self) -> Mask:
@@ -94,7 +100,8 @@ def select_text(
     repeated, near_pairs, kept = _unique(corpus, every, exact=exact, near=near)
     groups = corpus.rows["group"]
     left_out = kept & np.isin(groups, held_out)
-    places = assign(groups, np.full(len(groups), UNPINNED, dtype=np.int8), validation, 0.0)
+    # mixed again: the groups that the hash puts first are the held-out ones, and gone
+    places = assign(groups * GOLDEN, np.full(len(groups), UNPINNED, dtype=np.int8), validation, 0.0)
     places[~kept | left_out] = LEFT_OUT
     return Selection(places, repeated, near_pairs, left_out)
 

@@ -139,21 +139,14 @@ def read(source: Files | Hub, position: int, columns: frozenset[str], longest: i
     """The chunks of a source that stands at `position`.
 
     `columns` are the ones that will be used; `longest` bounds a CSV field, in characters. Raises DataError when
-    a file cannot be read as its format, has no rows, or lacks a column.
+    a file cannot be read as its format or lacks a column.
     """
     for number, origin in enumerate(origins(source)):
         if isinstance(source, Hub):
-            parsed: Iterator[tuple[int, Row | Fault]] = _hub_rows(source, columns)
-            chunks = _chunked(parsed, position, number)
+            yield from _chunked(_hub_rows(source, columns), position, number)
         else:
             assert origin.path is not None
-            chunks = _file_chunks(origin.path, source.format, position, number, columns, longest)
-        empty = True
-        for chunk in chunks:
-            empty = False
-            yield chunk
-        if empty:
-            raise DataError(f"{origin.shown}: empty, expected at least one row (source {source.name})")
+            yield from _file_chunks(origin.path, source.format, position, number, columns, longest)
 
 
 def _file_chunks(
