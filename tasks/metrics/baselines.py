@@ -1,12 +1,10 @@
 """Summaries that need no model: the first turn, the longest turn, the summary of the nearest training text."""
 
-import math
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-
-from tasks.metrics.rouge import StemmedWords
 
 
 def lead_1(text: str) -> str:
@@ -20,36 +18,42 @@ def longest_turn(text: str) -> str:
 
 
 def nearest(texts: Sequence[str], known: Sequence[str]) -> list[int]:
-    """Return for each text the index of the most similar known text: cosine of TF-IDF weighted stems.
+    """Return for each text the index of the most similar known text: cosine of TF-IDF weighted words.
 
-    Weights are (1 + ln count) · ln(known / known texts with the stem); of equally near texts the first wins.
+    A word weighs (1 + ln count) · ln(known / known texts with the word). Of equally near texts the first wins.
     """
-    words = StemmedWords()
-    lists: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    vocabulary: dict[str, int] = {}
+    terms, owners, counts = [], [], []
     for index, text in enumerate(known):
-        for stem, count in Counter(words.tokenize(text)).items():
-            lists[stem].append((index, count))
+        for word, count in Counter(_words(text)).items():
+            terms.append(vocabulary.setdefault(word, len(vocabulary)))
+            owners.append(index)
+            counts.append(count)
 
-    rarity = {stem: math.log(len(known) / len(rows)) for stem, rows in lists.items()}
-    squares = np.zeros(len(known))
-    postings = {}
-    for stem, rows in lists.items():
-        indices, counts = np.array(rows).T
-        weights = (1 + np.log(counts)) * rarity[stem]
-        squares[indices] += weights**2
-        postings[stem] = indices, weights
-    lengths = np.sqrt(np.where(squares > 0, squares, 1))
+    by_term = np.argsort(terms, kind="stable")
+    owner = np.array(owners, dtype=np.int64)[by_term]
+    holders = np.bincount(terms, minlength=len(vocabulary))  # known texts with each word
+    rarity = np.log(len(known) / np.maximum(holders, 1))
+    weight = (1 + np.log(np.array(counts, dtype=np.float64)[by_term])) * np.repeat(rarity, holders)
+    length = np.sqrt(np.bincount(owner, weights=weight**2, minlength=len(known)))
+    length[length == 0] = 1
+    start = np.concatenate([[0], np.cumsum(holders)])
 
     found = []
     for text in texts:
         products = np.zeros(len(known))
-        for stem, count in Counter(words.tokenize(text)).items():
-            if stem in postings:
-                indices, weights = postings[stem]
-                products[indices] += (1 + math.log(count)) * rarity[stem] * weights
-        found.append(int(np.argmax(products / lengths)))
+        for word, count in Counter(_words(text)).items():
+            if word in vocabulary:
+                term = vocabulary[word]
+                rows = slice(start[term], start[term + 1])
+                products[owner[rows]] += (1 + np.log(count)) * rarity[term] * weight[rows]
+        found.append(int(np.argmax(products / length)))
     return found
 
 
 def _turns(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()] or [""]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

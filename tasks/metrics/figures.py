@@ -5,12 +5,14 @@ Colours are from Okabe and Ito's palette, which colour-blind readers can tell ap
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from tasks.metrics.report import LABELS, TASK_SCORES, Metrics, present, variants
 
-GREY, BLUE, ORANGE, GREEN, PURPLE, SKY = "#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
+GREY, BLUE, TUNED = "#999999", "#0072B2", "#E69F00"
+OTHERS = (BLUE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 SHOWN = ("rougeL", "bleu", "exact_match", "slot_f1", "toxicity_rate")
 
 
@@ -18,7 +20,7 @@ def draw_scores(metrics: Metrics, path: Path) -> None:
     """Write a PNG with one panel per score and one bar per baseline (grey) and variant, with 95 % intervals."""
     rows = {**metrics["baselines"], **variants(metrics)}
     colours = [GREY] * len(metrics["baselines"]) + [
-        ORANGE if name == metrics["about"]["tuned"] else BLUE for name in variants(metrics)
+        TUNED if name == metrics["about"]["tuned"] else BLUE for name in variants(metrics)
     ]
     shown = present(SHOWN, rows.values())
     with _figure(path, len(shown), height=1.2 + 0.42 * len(rows)) as panels:
@@ -35,11 +37,14 @@ def draw_scores(metrics: Metrics, path: Path) -> None:
 
 def draw_tasks(metrics: Metrics, path: Path) -> None:
     """Write a PNG with one panel per score: for each task one bar per variant, with 95 % intervals."""
+    from matplotlib.patches import Patch
+
     compared: Mapping[str, Any] = metrics["tasks"]
     tasks = list(next(iter(compared.values())))
     shown = present(TASK_SCORES, [scores for of_task in compared.values() for scores in of_task.values()])
     thickness = 0.8 / len(compared)
-    colours = dict(zip(compared, (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY) * len(compared), strict=False))
+    others = cycle(OTHERS)
+    colours = {name: TUNED if name == metrics["about"]["tuned"] else next(others) for name in compared}
     height = 1.6 + 0.32 * len(tasks) * len(compared) + 0.15 * len(tasks)
     with _figure(path, len(shown), height) as panels:
         for panel, score in zip(panels, shown, strict=True):
@@ -50,10 +55,8 @@ def draw_tasks(metrics: Metrics, path: Path) -> None:
             panel.set_title(LABELS[score])
             panel.set_yticks(range(len(tasks)), tasks)
         panels[0].invert_yaxis()
-        figure = panels[0].figure
-        from matplotlib.patches import Patch
-
         handles = [Patch(color=colour, label=variant) for variant, colour in colours.items()]
+        figure = panels[0].figure
         figure.legend(handles=handles, loc="outside lower center", ncols=len(colours), frameon=False)
         figure.suptitle("Every task, by variant (95 % intervals)")
 
@@ -81,7 +84,7 @@ def _figure(path: Path, columns: int, height: float) -> Iterator[list[Any]]:
     panels = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
     for panel in panels:
         panel.set_xlim(0, 1.2)
-        panel.set_xticks([0, 0.5, 1])
+        panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         panel.spines[["top", "right"]].set_visible(False)
     yield panels
     figure.savefig(path, metadata={"Software": None})

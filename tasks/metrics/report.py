@@ -27,8 +27,8 @@ WITH_INTERVAL = ("rougeL", "slot_f1")
 
 
 def variants(metrics: Metrics) -> dict[str, Mapping[str, float]]:
-    """The scores of each model variant, in order of their names."""
-    return {name: metrics[name] for name in sorted(metrics) if name not in NOT_VARIANTS}
+    """The scores of each model variant."""
+    return {name: scores for name, scores in metrics.items() if name not in NOT_VARIANTS}
 
 
 def scores_table(metrics: Metrics) -> str:

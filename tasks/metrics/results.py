@@ -72,7 +72,7 @@ def results(
         "held_out": [row for row, example in enumerate(main) if example.split == "test"],
         "seen": [row for row, example in enumerate(main) if example.split != "test"],
     }
-    return {
+    found = {
         **{name: numbers(scores, answered.main[name].texts) for name, scores in variants.items()},
         "about": {
             "bleu_signature": signature([example.outputs for example in main]),
@@ -98,6 +98,12 @@ def results(
             for name, by_task in tasks.items()
         },
     }
+    return _in_order(found)
+
+
+def _in_order(found: dict[str, Any]) -> dict[str, Any]:
+    """As the file will have it, so that a report made now and one made from the file are the same."""
+    return {key: _in_order(value) if isinstance(value, dict) else value for key, value in sorted(found.items())}
 
 
 def _only(names: Sequence[str], scores: Measures) -> Measures:

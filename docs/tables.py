@@ -1,0 +1,114 @@
+"""Write the tables of README.md from metrics/ and benchmarks/results/, so that none of its numbers is typed.
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is one of `TABLES` below, or a stage:
+then it is the numbers of metrics/NAME.json, nested ones left out.
+
+    python docs/tables.py            # write
+    python docs/tables.py --check    # exit with 3 when README.md and the numbers disagree
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.metrics.report import (
+    decoding_table,
+    differences_table,
+    markdown,
+    scores_table,
+    splits_table,
+    tasks_table,
+)
+from tasks.stage import DataError, UserError
+from tasks.stage.files import write_text
+
+README = Path("README.md")
+PLACE = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table -->", re.DOTALL)
+
+
+def batched_evaluation_table(result: Mapping[str, Any]) -> str:
+    """Prompts per second of both ways of answering."""
+    rows = [
+        (name.replace("_", " "), f"{result[name]['prompts_per_second']:.1f}", f"{result[name]['seconds']:.1f}")
+        for name in ("one_at_a_time", "batched")
+    ]
+    rows.append(("ratio", f"{result['speed_ratio']:.1f}×", ""))
+    return markdown(("Answering", "Prompts/s", "Seconds"), rows)
+
+
+EVALUATE = Path("metrics/evaluate.json")
+TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
+    "evaluate": (EVALUATE, scores_table),
+    "differences": (EVALUATE, differences_table),
+    "tasks": (EVALUATE, tasks_table),
+    "decoding": (EVALUATE, decoding_table),
+    "splits": (EVALUATE, splits_table),
+    "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
+}
+
+
+def main() -> int:
+    """Write or check README.md in the current folder; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write README.md's tables from the metrics.")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 3 when a table is stale"
+    )
+    check = parser.parse_args().check
+    try:
+        text = README.read_text(encoding="utf-8")
+        names = [place["name"] for place in PLACE.finditer(text)]
+        stale = [
+            name for name, place in zip(names, PLACE.finditer(text), strict=True) if place["body"] != body(name)
+        ]
+    except FileNotFoundError as error:
+        return _say(f"{error.filename} is missing: run this in the repository's root, after the pipeline", 2)
+    except UserError as error:
+        return _say(str(error), 2)
+    if check and stale:
+        return _say(f"README.md and the numbers disagree ({', '.join(stale)}): run python docs/tables.py", 3)
+    if stale:
+        write_text(README, PLACE.sub(_filled, text))
+    return _say(f"README.md: {len(names)} tables, {0 if check else len(stale)} rewritten", 0)
+
+
+def body(name: str) -> str:
+    """Return what stands between the markers of the table `name`.
+
+    Raises DataError when there is no such table.
+    """
+    if name in TABLES:
+        file, table = TABLES[name]
+        return table(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+    file = Path("metrics") / f"{name}.json"
+    if not file.is_file():
+        raise DataError(f"README.md: no table {name}: neither one of {', '.join(TABLES)} nor {file}")
+    return flat_table(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+
+
+def flat_table(metrics: Mapping[str, Any]) -> str:
+    """The numbers of a flat metrics file, one a line; nested parts are left out."""
+    rows = [(key, _shown(value)) for key, value in metrics.items() if not isinstance(value, dict | list)]
+    return markdown(("Metric", "Value"), rows)
+
+
+def _filled(place: re.Match[str]) -> str:
+    return f"<!-- table: {place['name']} -->\n{body(place['name'])}<!-- /table -->"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _say(text: str, code: int) -> int:
+    sys.stderr.write(text + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""The stage `evaluate` on toy models of both families: what it writes, that it repeats, and how it refuses."""
+
+import csv
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.data.records import read_examples
+from tasks.data.synthetic import examples as synthetic
+from tasks.evaluate import Params, chosen, evaluate, shot_prompts
+from tasks.stage import Compute, Context, DataError, NullTrack, ParamsError
+from tasks.stage.params import validate
+
+COMPUTE = {"device": "cpu", "precision": "fp32", "threads": 1}
+SECTION: dict[str, Any] = {
+    "task": "summarize",
+    "tuned": "finetune",
+    "variants": {
+        "base": {"model": "base", "shots": 0},
+        "base_few_shot": {"model": "base", "shots": 2},
+        "finetune": {"model": "finetune", "shots": 0},
+    },
+    "examples": {"main_task": 24, "other_tasks": 8, "decoding": 6},
+    "generation": {"do_sample": False, "num_beams": 1, "max_new_tokens": 12},
+    "decoding": {
+        "greedy": {"do_sample": False},
+        "top_k": {"do_sample": True, "top_k": 5},
+        "beams": {"num_beams": 2},
+    },
+    "batch_size": 8,
+    "max_prompt_tokens": 300,
+    "toxicity": {"backend": "oracle"},
+    "bootstrap_samples": 50,
+    "sample_rows": 3,
+}
+SCORES = (
+    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "slot_f1"),
+    *("perplexity", "toxicity_rate", "toxicity_mean", "length_ratio"),
+)
+
+
+class Recorder(NullTrack):
+    """Remembers tables and figures."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Any] = {}
+        self.figures: list[str] = []
+        self.datasets: list[tuple[str, int]] = []
+
+    def table(self, name: str, rows: Any) -> None:
+        self.tables[name] = rows
+
+    def figure(self, name: str, path: Path) -> None:
+        assert path.is_file()
+        self.figures.append(name)
+
+    def dataset(self, name: str, path: Path, digest: str, rows: int) -> None:
+        self.datasets.append((name, rows))
+
+
+def params(**changes: Any) -> Params:
+    return validate(SECTION | changes, "evaluate", Params)
+
+
+def context(folder: Path, track: NullTrack | None = None) -> Context:
+    return Context("evaluate", 7, Compute(**COMPUTE), folder / "work", track or NullTrack())
+
+
+def toy_tokenizer(texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def toy_model(family: str, tokenizer: Any, seed: int) -> Any:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    size, ids = len(tokenizer), {"pad_token_id": 0, "eos_token_id": 1}
+    if family == "seq2seq":
+        layers = {"num_layers": 1, "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32}
+        return T5ForConditionalGeneration(T5Config(vocab_size=size, decoder_start_token_id=0, **layers, **ids))
+    layers = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 512}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=size, bos_token_id=1, **layers, **ids))
+
+
+def lay_out(folder: Path, family: str) -> Path:
+    """Data and two untrained models as the stages before this one leave them."""
+    from tasks.lm.model import LanguageModel, save
+
+    rows = list(synthetic(3, 60))
+    parts = {"train": rows[:60], "test": rows[60:]}
+    (folder / "data" / "examples").mkdir(parents=True)
+    for name, part in parts.items():
+        lines = "".join(example.line() + "\n" for example in part)
+        (folder / "data" / "examples" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    tokenizer = toy_tokenizer([example.prompt for example in rows])
+    for seed, name in enumerate(("base", "finetune")):
+        save(LanguageModel(toy_model(family, tokenizer, seed), tokenizer), folder / "models" / name)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["seq2seq", "causal"])
+def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lay_out(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lay_out(tmp_path_factory.mktemp("one"), "seq2seq")
+
+
+def run(folder: Path, report: Path, track: NullTrack | None = None, **changes: Any) -> dict[str, Any]:
+    return evaluate(
+        params(**changes), folder / "data" / "examples", folder / "models", report, context(folder, track)
+    )
+
+
+def test_scores_of_every_variant_baseline_task_and_setting(workplace: Path, tmp_path: Path) -> None:
+    track = Recorder()
+    metrics = run(workplace, tmp_path / "report", track)
+    numbers = {key for name in SCORES for key in (name, f"{name}_low", f"{name}_high")} | {"distinct_2"}
+    without_model = {name for name in numbers if not name.startswith("perplexity")}
+    for name in SECTION["variants"]:
+        assert set(metrics[name]) == numbers
+        for score in SCORES:
+            low, value, high = (metrics[name][key] for key in (f"{score}_low", score, f"{score}_high"))
+            assert 0 <= low <= high
+            assert score in ("perplexity", "length_ratio") or 0 <= value <= high <= 1
+        assert metrics[name]["perplexity"] > 1
+    assert metrics["base"]["perplexity"] != metrics["base_few_shot"]["perplexity"]
+    assert set(metrics["baselines"]) == {"lead_1", "longest_turn", "nearest_summary"}
+    assert all(set(scores) == without_model for scores in metrics["baselines"].values())
+    assert list(metrics["decoding"]) == ["beams", "greedy", "top_k"]
+    assert all(set(scores) == without_model for scores in metrics["decoding"].values())
+    assert set(metrics["tasks"]) == {"base", "finetune"}
+    assert list(metrics["tasks"]["base"]) == ["act", "slot", "summarize"]
+    assert metrics["tasks"]["finetune"]["summarize"]["rougeL"] == metrics["finetune"]["rougeL"]
+    assert set(metrics["differences"]) == {"base", "base_few_shot", "lead_1", "longest_turn", "nearest_summary"}
+    lead = metrics["differences"]["lead_1"]
+    assert lead["rougeL"] == pytest.approx(
+        metrics["finetune"]["rougeL"] - metrics["baselines"]["lead_1"]["rougeL"], abs=2e-6
+    )
+    assert metrics["about"]["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
+
+    assert [sorted(row) for row in track.tables["samples"]] == [
+        ["base", "base_few_shot", "finetune", "prompt", "reference"]
+    ] * SECTION["sample_rows"]
+    assert track.figures == ["scores", "tasks"]
+    assert track.datasets == [("test", 120)]
+
+
+def test_the_same_again_gives_the_same_bytes(seq2seq: Path, tmp_path: Path) -> None:
+    first, again = run(seq2seq, tmp_path / "first"), run(seq2seq, tmp_path / "again")
+    assert first == again
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == [
+        *("decoding.csv", "samples.jsonl", "scores.csv", "scores.png", "summary.md", "tasks.csv", "tasks.png")
+    ]
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_report_says_what_the_metrics_say(seq2seq: Path, tmp_path: Path) -> None:
+    metrics = run(seq2seq, tmp_path / "report")
+    with (tmp_path / "report" / "scores.csv").open(newline="") as lines:
+        rows = {row["variant"]: row for row in csv.DictReader(lines)}
+    assert float(rows["finetune"]["rougeL"]) == metrics["finetune"]["rougeL"]
+    assert float(rows["nearest_summary"]["bleu"]) == metrics["baselines"]["nearest_summary"]["bleu"]
+    summary = (tmp_path / "report" / "summary.md").read_text()
+    assert metrics["about"]["bleu_signature"] in summary
+    assert f"| nearest_summary | {metrics['baselines']['nearest_summary']['rouge1']:.3f} |" in summary
+
+
+def test_baselines_and_split_parts_are_what_they_say(seq2seq: Path, tmp_path: Path) -> None:
+    metrics = run(seq2seq, tmp_path / "report")
+    rows = read_examples(seq2seq / "data" / "examples" / "test.jsonl")
+    main = chosen(rows, params())["summarize"]
+    assert {example.split for example in main} == {None, "test"}
+    from tasks.metrics.measures import quality
+
+    leads = [example.input.splitlines()[0] for example in main]
+    expected = quality(leads, [example.outputs for example in main], [example.slots for example in main])
+    for name in ("rougeL", "slot_f1", "bleu"):
+        assert metrics["baselines"]["lead_1"][name] == pytest.approx(expected[name].value, abs=1e-6)
+    assert metrics["baselines"]["nearest_summary"]["rougeL"] > metrics["baselines"]["lead_1"]["rougeL"]
+    parts = metrics["splits"]["finetune"]
+    held_out = sum(example.split == "test" for example in main)
+    mixed = held_out * parts["held_out"]["rougeL"] + (len(main) - held_out) * parts["seen"]["rougeL"]
+    assert mixed / len(main) == pytest.approx(metrics["finetune"]["rougeL"], abs=2e-6)
+
+
+def test_the_choice_of_examples_is_fixed_by_their_ids() -> None:
+    rows = list(synthetic(1, 60))
+    first = chosen(rows, params())
+    random.Random(0).shuffle(rows)
+    assert chosen(rows, params()) == first
+    assert {task: len(part) for task, part in first.items()} == {"summarize": 24, "act": 8, "slot": 8}
+    everything = {"main_task": None, "other_tasks": None, "decoding": None}
+    assert [len(part) for part in chosen(rows, params(examples=everything)).values()] == [60, 60, 60]
+
+
+def test_shots_that_do_not_fit_are_left_out_from_the_front() -> None:
+    from tasks.lm.model import LanguageModel
+    from tasks.lm.respond import encode_prompts
+
+    rows = [example for example in synthetic(1, 20) if example.task == "summarize"]
+    tokenizer = toy_tokenizer([example.prompt for example in rows])
+    lm = LanguageModel(toy_model("seq2seq", tokenizer, 0), tokenizer)
+    shots, asked = rows[:3], rows[3:]
+    lengths = [len(ids) for ids in encode_prompts(lm, shot_prompts(lm, asked, shots[1:], 10_000))]
+    limit = sorted(lengths)[len(asked) // 2]  # two shots fit for half of them
+    prompts = shot_prompts(lm, asked, shots, limit)
+    used = []
+    for prompt, example in zip(prompts, asked, strict=True):
+        assert prompt.endswith(example.prompt)
+        kept = [shot for shot in shots if f"{shot.prompt}\n{shot.reference}\n\n" in prompt]
+        assert kept == shots[len(shots) - len(kept) :]
+        assert len(encode_prompts(lm, [prompt])[0]) <= limit
+        used.append(len(kept))
+    assert 1 <= min(used) < max(used) <= 3
+    assert shot_prompts(lm, asked, shots, 10_000)[0].count("\n\n") > prompts[0].count("\n\n")
+
+
+def test_toxicity_by_a_classifier(seq2seq: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = toy_tokenizer([example.prompt for example in synthetic(3, 60)])
+    labels = {"kind": 0, "rude": 1}
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        label2id=labels,
+        id2label={index: label for label, index in labels.items()},
+    )
+    model = BertForSequenceClassification(config)
+    folder = tmp_path / "classifier"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    backend = {
+        "backend": "classifier",
+        "source": str(folder),
+        "revision": None,
+        "label": "rude",
+        "toxic_from": 0.5,
+    }
+
+    metrics = run(seq2seq, tmp_path / "report", toxicity=backend)
+    lead = metrics["baselines"]["lead_1"]
+    rows = read_examples(seq2seq / "data" / "examples" / "test.jsonl")
+    leads = [example.input.splitlines()[0] for example in chosen(rows, params())["summarize"]]
+    with torch.inference_mode():
+        chances = [
+            float(model.eval()(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1])
+            for text in leads
+        ]
+    assert lead["toxicity_mean"] == pytest.approx(sum(chances) / len(chances), abs=1e-5)
+    assert lead["toxicity_rate"] == pytest.approx(
+        sum(chance >= 0.5 for chance in chances) / len(chances), abs=1e-6
+    )
+
+    with pytest.raises(ParamsError, match="no label 'hate'; it has kind, rude"):
+        run(seq2seq, tmp_path / "report", toxicity=backend | {"label": "hate"})
+    with pytest.raises(ParamsError, match=r"evaluate\.toxicity\.source: cannot open .*nowhere"):
+        run(seq2seq, tmp_path / "report", toxicity=backend | {"source": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"task": "translate"}, DataError, "evaluate.task is translate, but .*: act, slot, summarize"),
+        (
+            {"variants": {"finetune": {"model": "ppo", "shots": 0}}},
+            DataError,
+            "models/ppo is missing.*take finetune out",
+        ),
+        ({"variants": {"finetune": {"model": "base", "shots": 99}}}, DataError, "99 shots, but only 20 train"),
+        (
+            {"decoding": {"warm": {"temprature": 2}}},
+            ParamsError,
+            "decoding.warm.temprature .*did you mean temperature",
+        ),
+        ({"generation": {"max_new_tokens": 0}}, ParamsError, "evaluate.generation: .*max_new_tokens"),
+    ],
+)
+def test_wrong_use_is_one_line_before_any_model_is_opened(
+    seq2seq: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        run(seq2seq, tmp_path / "report", **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tuned": "finetuned"}, "tuned is finetuned, which is none of the variants"),
+        (
+            {"variants": {"finetune": {"model": "m", "shots": 0}, "tasks": {"model": "m", "shots": 0}}},
+            "tasks is a part",
+        ),
+        ({"variants": {"finetune": {"model": "m", "shots": -1}}}, "variants.finetune.shots: found -1"),
+        ({"toxicity": {"backend": "oracles"}}, "did you mean oracle"),
+        ({"toxicity": {"backend": "oracle", "label": "rude"}}, "unknown key"),
+        ({"batch": 8}, "unknown key; did you mean batch_size"),
+    ],
+)
+def test_a_wrong_section_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParamsError, match=re.escape(words)) as caught:
+        params(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(seq2seq, tmp_path / "clone")
+    quick = {"examples": {"main_task": 6, "other_tasks": 2, "decoding": 2}, "decoding": {"greedy": {}}}
+    document = {"seed": 7, "compute": COMPUTE, "evaluate": SECTION | quick}
+    (folder / "params.yaml").write_text(json.dumps(document))
+    stage = {"cmd": "python -m tasks.evaluate", "params": ["seed", "compute", "evaluate"]}
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": {"evaluate": stage}}))
+    command = [sys.executable, "-m", "tasks.evaluate"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "metrics" / "evaluate.json").read_text())
+    assert metrics["about"]["examples"] == 6
+    assert (folder / "reports" / "evaluate" / "summary.md").is_file()
