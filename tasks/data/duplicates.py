@@ -31,6 +31,8 @@ _GENERATOR = np.random.default_rng(19970611)
 _FACTORS = _GENERATOR.integers(2**32, size=FUNCTIONS, dtype=np.uint32) | np.uint32(1)
 _TERMS = _GENERATOR.integers(2**32, size=FUNCTIONS, dtype=np.uint32)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+LOW_BITS = np.uint64(32)
+LOW = np.uint64(2**32 - 1)
 
 
 def repeats(keys: Hashes) -> Mask:
@@ -135,13 +137,16 @@ def _buckets(found: Signatures, scopes: Hashes, chosen: Mask) -> Iterator[tuple[
     bucket of the one before it [C]."""
     positions = np.flatnonzero(chosen)
     scopes = scopes[positions]
+    places = np.arange(len(positions), dtype=np.uint64)
     for band in range(0, FUNCTIONS, ROWS_IN_BAND):
         columns = np.ascontiguousarray(found[positions, band : band + ROWS_IN_BAND])
         buckets = (columns.view(np.uint32)[:, 0] + scopes) * GOLDEN
-        order = np.argsort(buckets, kind="stable")
-        same = np.zeros(len(order), dtype=bool)
-        same[1:] = buckets[order[1:]] == buckets[order[:-1]]
-        yield positions[order], same
+        # 32 bits of bucket above 32 bits of place: one plain sort puts both in order
+        packed = (buckets >> LOW_BITS << LOW_BITS) | places
+        packed.sort()
+        same = np.zeros(len(packed), dtype=bool)
+        same[1:] = packed[1:] >> LOW_BITS == packed[:-1] >> LOW_BITS
+        yield positions[packed & LOW], same
 
 
 def _chains(order: Positions, same: Mask) -> Iterator[Positions]:

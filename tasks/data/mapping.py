@@ -126,8 +126,9 @@ def example(
     task: str,
     split: Split | None,
     longest: int,
-) -> tuple[Example, str]:
-    """The example that a row makes, and the question that is the row's own ("" when a template puts it).
+) -> tuple[Example, str, str]:
+    """The example that a row makes, the question that is the row's own ("" when a template puts it), and what
+    it is about: the input, or the question when there is none, normalised.
 
     `name` is its id unless a column gives one. Which of `templates` is used depends on the input alone. Without
     a `group` column equal inputs make a group. Raises Fault when a field is not what an Example needs.
@@ -148,7 +149,7 @@ def example(
         column = columns.get("input", columns.get("instruction"))
         raise Fault(column, "no text", "text that is not blank")
     behind: dict[str, str] = dict(columns.items()) | {"outputs": ", ".join(outputs)}
-    return _checked(Example, fields, behind), question
+    return _checked(Example, fields, behind), question, about
 
 
 def ranking(row: Row | Fault, columns: RankingColumns, longest: int) -> Ranking:

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints
 
 from tasks.data.keys import key, normalise
 from tasks.data.mapping import ExampleColumns, Spec, columns_of, example, fill
-from tasks.data.records import Example, Split
+from tasks.data.records import Split
 from tasks.data.sources import ROWS_IN_CHUNK, Chunk, Fault, Files, Hub, Origin, Row, origins, read
 from tasks.stage import Section
 
@@ -138,7 +138,7 @@ class ExampleRecorder:
         """Raises Fault."""
         recipe = self.sources[source]
         if isinstance(recipe, FileExamples | HubExamples):
-            made, question = example(
+            made, question, about = example(
                 row,
                 recipe.columns,
                 recipe.outputs,
@@ -151,22 +151,18 @@ class ExampleRecorder:
         else:
             made = row["example"]
             question = made.instruction
-        return _example_record(made, question)
-
-
-def _example_record(made: Example, question: str) -> Record:
-    text = normalise(made.input) or normalise(made.instruction)
-    return Record(
-        line=made.line(),
-        id=made.id,
-        task=made.task,
-        question=question,
-        text=text,
-        group=made.group,
-        pin=made.split,
-        input_words=len(made.input.split()),
-        output_words=len(made.reference.split()),
-    )
+            about = normalise(made.input) or normalise(question)
+        return Record(
+            line=made.line(),
+            id=made.id,
+            task=made.task,
+            question=question,
+            text=about,
+            group=made.group,
+            pin=made.split,
+            input_words=about.count(" ") + 1,
+            output_words=len(made.reference.split()),
+        )
 
 
 @dataclass(frozen=True)

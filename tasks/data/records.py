@@ -20,6 +20,9 @@ Filled = Annotated[str, StringConstraints(pattern=r"\S")]
 """Text with at least one character that is not white space."""
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
+
+
 class Example(BaseModel):
     """One instruction example: what is asked, about what, and which answers are right.
 
@@ -53,7 +56,7 @@ class Example(BaseModel):
 
     def line(self) -> str:
         """The example as one JSON line, without the line end; equal examples give equal bytes."""
-        return json.dumps(dict(self), ensure_ascii=False, sort_keys=True)
+        return _ENCODER.encode(dict(self))
 
 
 class Ranking(BaseModel):
