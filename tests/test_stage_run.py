@@ -40,6 +40,7 @@ def save_when_stopped(context):
             bar.advance(step=step)
             time.sleep(0.01)
         with save(context.work, step) as folder:
+            time.sleep(float(os.environ.get("SECONDS_TO_WRITE", "0")))
             (folder / "weights").write_text(str(step))
 
 
@@ -79,6 +80,12 @@ class Workspace:
     def write_graph(self, command: str) -> None:
         (self.folder / "dvc.yaml").write_text(GRAPH.replace("COMMAND", command), encoding="utf-8")
 
+    def start_dvc(self, does: str) -> subprocess.Popen[str]:
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        initialise = ["dvc", "init", "--no-scm", "-q"]
+        subprocess.run(initialise, cwd=self.folder, env=self.environment, check=True)
+        return self.start(does, "dvc", "repro", "-q")
+
     def start(self, does: str, *command: str) -> subprocess.Popen[str]:
         (self.folder / "params.yaml").write_text(PARAMS.replace("DOES", does), encoding="utf-8")
         return subprocess.Popen(
@@ -87,6 +94,7 @@ class Workspace:
             env=self.environment,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def run(self, does: str) -> tuple[int, str]:
@@ -207,17 +215,24 @@ def test_a_body_that_does_not_react_is_ended_by_a_second_request(workspace: Work
 )  # the second keeps a shell between
 def test_a_stage_whose_dvc_is_killed_saves_and_ends(workspace: Workspace, command: str) -> None:
     workspace.write_graph(command)
-    workspace.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(
-        ["dvc", "init", "--no-scm", "-q"], cwd=workspace.folder, env=workspace.environment, check=True
-    )
-    dvc = workspace.start("save", "dvc", "repro", "-q")
+    dvc = workspace.start_dvc("save")
     until((workspace.folder / "ready").exists)
     lock = workspace.folder / ".work/toy/lock"
     assert holder(lock) not in (None, dvc.pid)
     dvc.kill()
     dvc.communicate(timeout=20)  # returns when the stage, which holds the same pipe, is gone
     assert holder(lock) is None
+    assert workspace.last()["exit_code"] == 143
+    assert len(workspace.checkpoints()) == 1
+
+
+def test_when_the_whole_group_is_asked_to_stop_the_save_is_not_cut_short(workspace: Workspace) -> None:
+    """DVC, being in the group, is gone at once; the stage must not take that for a second request."""
+    workspace.environment["SECONDS_TO_WRITE"] = "2"
+    dvc = workspace.start_dvc("save")
+    until((workspace.folder / "ready").exists)
+    os.killpg(dvc.pid, signal.SIGTERM)
+    dvc.communicate(timeout=20)
     assert workspace.last()["exit_code"] == 143
     assert len(workspace.checkpoints()) == 1
 
@@ -251,6 +266,43 @@ def test_checkpoints_of_other_params_go_when_the_stage_is_done(workspace: Worksp
     assert workspace.run("finish")[0] == 0
     kept = [path.name for path in (workspace.folder / ".work/toy").iterdir() if path.is_dir()]
     assert kept == [workspace.last()["fingerprint"]]
+
+
+FORKED = """
+import os, pathlib, time
+from tasks.stage.lock import Lock
+assert Lock(pathlib.Path("lock")).acquire()
+if os.fork() == 0:
+    pathlib.Path("child").write_text(str(os.getpid()))
+    time.sleep(60)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FORKED], cwd=tmp_path)
+    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text(encoding="ascii"))
+    assert holder(tmp_path / "lock") is None
+    os.kill(int((tmp_path / "child").read_text(encoding="ascii")), signal.SIGKILL)
+
+
+DETERMINED = """
+import random, numpy, torch
+from tasks.stage import Compute
+from tasks.stage.determinism import prepare_torch
+drawn = []
+for _ in range(2):
+    prepare_torch(7, Compute(device="cpu", precision="fp32", threads=1))
+    drawn.append((random.random(), numpy.random.rand(), torch.rand(3).tolist()))
+print(drawn[0] == drawn[1], torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+"""
+
+
+def test_torch_draws_the_same_again() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", DETERMINED]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["True", "1", "True"]
 
 
 def test_importing_the_package_is_light() -> None:

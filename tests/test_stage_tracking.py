@@ -45,7 +45,7 @@ def toy(params, context):
                 time.sleep(0.01)
     context.track.table("samples", [{"prompt": "a", "answer": "b"}])
     context.track.dataset("train", Path("rows.jsonl"), "d" * 64, 3)
-    return {"rouge": {"rouge1": 0.5}, "why": "text"}
+    return {"rouge": {"rouge1": 0.5}, "loss": 1 / params.steps, "why": "text"}
 
 
 if __name__ == "__main__":
@@ -148,7 +148,7 @@ def test_a_pipeline_and_its_stage_are_recorded_whole(workspace: Path, mlflow_sto
     )
     assert tags(mlflow_store, parent_id)["stage.toy.run_id"] == run_id
     curve = rows(mlflow_store, f"select step, value from metrics where key = 'loss' and run_uuid = '{run_id}'")
-    assert sorted(curve) == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+    assert sorted(curve) == [(0, 1.0), (1, 0.5), (2, 1 / 3), (2, 1 / 3)]  # the last point and the final value
     final = dict(rows(mlflow_store, f"select key, value from latest_metrics where run_uuid = '{run_id}'"))
     assert final["rouge.rouge1"] == 0.5
     assert final["system/seconds"] > 0
@@ -158,6 +158,7 @@ def test_a_pipeline_and_its_stage_are_recorded_whole(workspace: Path, mlflow_sto
     params = dict(rows(mlflow_store, f"select key, value from params where run_uuid = '{run_id}'"))
     assert (params["steps"], params["seed"], params["compute.device"]) == ("3", "5", "auto")
     assert rows(mlflow_store, "select name, digest from datasets") == [("train", "d" * 36)]
+    assert final["loss"] == 1 / 3  # the final value of a curve's name, not its first point
     (table,) = workspace.parent.glob("**/samples.json")
     assert json.loads(table.read_text(encoding="utf-8")) == {
         "columns": ["prompt", "answer"],
@@ -186,7 +187,8 @@ def test_with_the_server_down_the_stage_is_the_same_and_the_run_arrives_later_on
 
     assert upload().sent == [last(workspace)["recording"]]
     assert runs(mlflow_store) == [("toy", "FINISHED")]
-    assert len(rows(mlflow_store, "select * from metrics where key = 'loss'")) == 3
+    curve = rows(mlflow_store, "select distinct step, value from metrics where key = 'loss'")
+    assert sorted(curve) == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
     assert upload().sent == []
     assert len(runs(mlflow_store)) == 1
 
@@ -300,7 +302,7 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(workspace: Path, mlflow_store
 
 
 class DyingServer(ThreadingHTTPServer):
-    """Speaks as much of MLflow's protocol as sending needs; dies at a chosen request, before or after its deed."""
+    """Speaks as much of MLflow's protocol as sending needs; dies at a chosen request, its deed done or not."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

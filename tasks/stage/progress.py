@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,9 @@ class Bar:
             "pid": os.getpid(),
         }
         temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        temporary.replace(file)
+        with suppress(OSError):  # a full disk must not end the work for this
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+            temporary.replace(file)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class Recorder:
         self._alive = Lock(self.folder / "writer")
         self._started = time.monotonic()
         self._sampled = 0.0
+        self._step = 0
         self._events: int | None = None
         self._sender: subprocess.Popen[str] | None = None
         try:
@@ -60,7 +61,7 @@ class Recorder:
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         command = [sys.executable, "-m", "tasks.stage.tracking", str(self.folder), str(os.getpid())]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        # a stop request to the whole group is meant for us: the sender, which inherits the mask, sees how we end
+        # a stop request to the whole group is meant for us; the sender inherits the mask and sees how we end
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             self._sender = subprocess.Popen(command, env=environment, stdin=nothing, stdout=pipe, text=True)
@@ -71,8 +72,9 @@ class Recorder:
         self._write({"kind": "params", "values": flat(redacted(dict(values)))})
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        numbers = {metric_name(name): float(value) for name, value in values.items()}
-        self._write({"kind": "metrics", "values": numbers, "step": step or 0})
+        if step is not None:
+            self._step = step
+        self._points(values, self._step)  # a final value comes last in the curve of its name
 
     def tags(self, values: Mapping[str, str]) -> None:
         self._write({"kind": "tags", "values": redacted(dict(values))})
@@ -107,7 +109,7 @@ class Recorder:
         now = time.monotonic()
         if now - self._sampled >= SECONDS_BETWEEN_SAMPLES:
             self._sampled = now
-            self.metrics(_use_now(), step=round(now - self._started))
+            self._points(_use_now(), round(now - self._started))
 
     def end(self, status: Status) -> str | None:
         """End the run, wait until it is sent, and give its MLflow id: None when it is kept for later."""
@@ -129,6 +131,10 @@ class Recorder:
             say(f"warning: sending the run takes too long: `lifecycle upload` sends it from {self.folder}")
             return None
         return answer.strip() or None
+
+    def _points(self, values: Mapping[str, float], step: int) -> None:
+        numbers = {metric_name(name): float(value) for name, value in values.items()}
+        self._write({"kind": "metrics", "values": numbers, "step": step})
 
     def _add(self, path: Path, target: str) -> None:
         if path.is_dir():

@@ -62,12 +62,12 @@ class _Execution:
         stop = Stop()
         stop.listen()
         lock = Lock(WORK / self.name / "lock")
-        lock.path.parent.mkdir(parents=True, exist_ok=True)
         code, message = 0, ""
         try:
+            lock.path.parent.mkdir(parents=True, exist_ok=True)
             if not lock.acquire():
                 raise TryAgain(f"{self.name} is already running here as process {holder(lock.path)}")
-            starter.watch(starter.links_to_starter(), _leave, self._sample)
+            starter.watch(starter.links_to_starter(), lambda: _leave(stop), self._sample)
             self._work(params_class, body, torch, stop)
         except (Exception, Interrupted) as error:
             stop.ignore()
@@ -123,7 +123,10 @@ class _Execution:
             "started": started,
             "ended": _now(),
         }
-        write_json(WORK / self.name / "last.json", record)
+        try:
+            write_json(WORK / self.name / "last.json", record)
+        except OSError as error:  # how the stage ended says its exit code, too
+            say(f"warning: {self.name}: no exit record: {one_line(error)}")
 
     def _tags(self) -> dict[str, str]:
         tags = {"dvc.stage": self.name, "dvc.fingerprint": self.fingerprint or "", "attempt": str(_attempt())}
@@ -151,10 +154,11 @@ def git_tags() -> dict[str, str]:
     return {"git.commit": commit.strip(), "git.dirty": str(bool(dirty.strip())).lower()}
 
 
-def _leave() -> None:
-    """Whoever started the stage is gone: stop as if asked to, and in any case."""
-    say("whoever started this stage is gone: stopping")
-    os.kill(os.getpid(), signal.SIGTERM)
+def _leave(stop: Stop) -> None:
+    """Whoever started the stage is gone: stop as if asked to, unless we were, and in any case."""
+    if stop.signal_number is None:
+        say("whoever started this stage is gone: stopping")
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * SECONDS_TO_SAVE)
     os._exit(128 + signal.SIGTERM)
 
