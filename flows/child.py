@@ -8,9 +8,11 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
-from tasks.stage import starter
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def command(tool: str, *arguments: str) -> list[str]:
@@ -18,14 +20,16 @@ def command(tool: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "flows.child", str(os.getpid()), tool, *arguments]
 
 
-def main(starter_id: int, arguments: Sequence[str]) -> None:
+def main(starter: int, arguments: Sequence[str]) -> None:
     """Become the Python tool `arguments[0]`, called with the other arguments."""
-    starter.watch([(os.getpid(), starter_id)], _end_group, lambda: None)
+    threading.Thread(target=_watch, args=(starter,), name="starter", daemon=True).start()
     sys.argv = list(arguments)
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
-def _end_group() -> None:
+def _watch(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     os.killpg(os.getpgrp(), signal.SIGTERM)
 
 

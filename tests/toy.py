@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,8 +42,7 @@ from tasks.stage import Context, GateRefused, Section, TryAgain, UserError, run_
 
 class Params(Section):
     text: str
-    seconds: float
-    outcome: Literal["good", "wrong data", "gate", "crash", "crash once", "again once", "kill once"]
+    outcome: Literal["good", "wait", "wrong data", "gate", "crash", "again once", "kill once"]
 
 
 def main(name: str, inputs: Sequence[str]) -> None:
@@ -57,8 +58,7 @@ def body(name: str, inputs: Sequence[str], params: Params, context: Context) -> 
         raise UserError("row 7: output is empty; fill it in")
     if params.outcome == "gate":
         raise GateRefused("accuracy 0.4 is below 0.5")
-    if params.outcome == "crash" or (params.outcome == "crash once" and first):
-        again.touch()
+    if params.outcome == "crash":
         raise RuntimeError("boom")
     if params.outcome == "again once" and first:
         again.touch()
@@ -66,16 +66,21 @@ def body(name: str, inputs: Sequence[str], params: Params, context: Context) -> 
     if params.outcome == "kill once" and first:
         again.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    steps = round(params.seconds * 20)
-    with context.progress(steps, name) as bar:
-        for _ in range(steps):
+    with context.progress(7, name) as bar:
+        bar.advance()
+        Path(f".work/{name}.begun").touch()
+        while params.outcome == "wait" and not Path(".work/go").exists():
             time.sleep(0.05)
-            bar.advance()
     found = "".join(Path(path).read_text() for path in inputs)
     Path("data").mkdir(exist_ok=True)
     Path(f"data/{name}.txt").write_text(f"{name}: {params.text}\\n{found}")
     return {"length": len(found), "words": len(found.split())}
 '''
+LIGHT = (
+    "import os, sys; name, *inputs = sys.argv[1:]; os.makedirs('data', exist_ok=True); "
+    "open('.work/starts', 'a').write(f'{name} {os.getpid()}\\n'); "
+    "open(f'data/{name}.txt', 'w').write(name + ''.join(open(path).read() for path in inputs))"
+)
 STAGE = """\
 from tasks.behaviour import Params, main
 
@@ -147,8 +152,21 @@ class Toy:
         path = self.root / ".work" / "starts"
         return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def copy(self, root: Path) -> "Toy":
+        """The same repository in another folder."""
+        shutil.copytree(self.root, root, symlinks=True)
+        return Toy(root, self.graph)
+
     def forget_starts(self) -> None:
         (self.root / ".work" / "starts").unlink(missing_ok=True)
+
+    def go(self) -> None:
+        """Let stages whose outcome is "wait" end."""
+        (self.root / ".work" / "go").touch()
+
+    def await_stage(self, stage: str) -> None:
+        """Wait until the body of a stage has begun."""
+        until(lambda: (self.root / ".work" / f"{stage}.begun").exists(), f"stage {stage}")
 
     def output(self, stage: str) -> str:
         return (self.root / "data" / f"{stage}.txt").read_text()
@@ -158,10 +176,13 @@ class Toy:
         return found
 
 
-def build(root: Path, graph: Mapping[str, Sequence[str]], meta: Mapping[str, Any] | None = None) -> Toy:
-    """Write a toy repository; nothing has run in it."""
+def build(
+    root: Path, graph: Mapping[str, Sequence[str]], meta: Mapping[str, Any] | None = None, light: bool = False
+) -> Toy:
+    """Write a toy repository; nothing has run in it. `light` stages are plain commands that start at once."""
     (root / "tasks").mkdir(parents=True)
     (root / ".dvc").mkdir()
+    (root / ".work").mkdir()
     (root / ".dvc" / "config").write_text(DVC_CONFIG)
     (root / ".dvcignore").write_text("__pycache__/\n.work/\n")
     (root / ".gitignore").write_text("__pycache__/\n.work/\n/data/\n.dvc/tmp\n.dvc/cache\n.dvc/storage\n")
@@ -172,13 +193,13 @@ def build(root: Path, graph: Mapping[str, Sequence[str]], meta: Mapping[str, Any
     for name, parents in graph.items():
         inputs = [f"data/{parent}.txt" for parent in parents]
         (root / "tasks" / f"{name}.py").write_text(STAGE.format(name=name, inputs=inputs))
-        params[name] = {"text": name, "seconds": 0.0, "outcome": "good"}
+        params[name] = {"text": name, "outcome": "good"}
         stages[name] = {
-            "cmd": f"python -m tasks.{name}",
+            "cmd": shlex.join(["python", "-SEc", LIGHT, name, *inputs]) if light else f"python -m tasks.{name}",
             "deps": [f"tasks/{name}.py", *inputs],
             "params": ["seed", "compute", name],
             "outs": [f"data/{name}.txt"],
-            "metrics": [{f"metrics/{name}.json": {"cache": False}}],
+            "metrics": [] if light else [{f"metrics/{name}.json": {"cache": False}}],
             "meta": {"retry_delay": 0.1, **((meta or {}).get(name, {}))},
         }
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -1,0 +1,322 @@
+"""The flow against real DVC and Prefect processes, on toy repositories."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import yaml
+from toy import Toy, build, until
+
+from flows import processes, server
+
+DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="session")
+def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server that the tests share."""
+    folder = tmp_path_factory.mktemp("server")
+    with start_server(folder, prefect_home) as url:
+        yield url
+
+
+class start_server:  # noqa: N801 - used as a function
+    """A Prefect server with its records in `home`; `process` may be killed."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self.folder, self.home = folder, home
+
+    def __enter__(self) -> str:
+        (self.folder / ".work").mkdir(exist_ok=True)
+        port = server.free_port()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_HOME", str(self.home))
+            self.process = server.start(self.folder, port, "--no-ui")
+        url = f"http://127.0.0.1:{port}/api"
+        server.await_start(url, Event())
+        return url
+
+    def __exit__(self, *_: object) -> None:
+        processes.end_group(self.process, seconds=5)
+
+
+@pytest.fixture(autouse=True)
+def environment(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(prefect_home))
+
+
+@pytest.fixture
+def served(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    return prefect_url
+
+
+def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
+    """What the server has on record, newest first."""
+    request = urllib.request.Request(
+        f"{url}/{what}/filter", json.dumps(conditions).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return sorted(json.load(answer), key=lambda each: each["created"], reverse=True)
+
+
+def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothing(tmp_path: Path) -> None:
+    """Without a server: a temporary one records the run, and the run with nothing to do needs none."""
+    serial = build(tmp_path / "serial", DIAMOND)
+    parallel = serial.copy(tmp_path / "parallel")
+    serial.dvc("repro")
+
+    parallel.lifecycle("run")
+    assert sorted(parallel.starts()) == ["a", "b", "c", "d"]
+    lock = (parallel.root / "dvc.lock").read_bytes()
+    assert lock == (serial.root / "dvc.lock").read_bytes()
+
+    parallel.forget_starts()
+    again = parallel.lifecycle("run")
+    assert parallel.starts() == []
+    assert "nothing to do" in again.stderr
+    assert (parallel.root / "dvc.lock").read_bytes() == lock
+
+    assert "up to date" in parallel.dvc("status").stdout
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_graphs_end_as_dvc_repro_ends_them(seed: int, tmp_path: Path, served: str) -> None:
+    draw = random.Random(seed)
+    names = [f"s{number}" for number in range(5)]
+    graph = {name: sorted(draw.sample(names[:i], k=min(i, draw.randrange(3)))) for i, name in enumerate(names)}
+    shuffled = dict(sorted(graph.items(), key=lambda _: draw.random()))
+    serial = build(tmp_path / "serial", shuffled, light=True)
+    parallel = serial.copy(tmp_path / "parallel")
+    serial.dvc("repro")
+    parallel.lifecycle("run", "--jobs", "4")
+    assert (parallel.root / "dvc.lock").read_bytes() == (serial.root / "dvc.lock").read_bytes()
+    assert sorted(parallel.starts()) == names
+
+
+def test_force_runs_all_again_and_leaves_the_same_lock(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
+    toy.dvc("repro")
+    before = (toy.root / "dvc.lock").read_bytes()
+    toy.lifecycle("run", "--force")
+    assert toy.starts() == ["a", "b", "a", "b"]
+    assert (toy.root / "dvc.lock").read_bytes() == before
+
+
+def test_prefect_has_a_task_for_each_stage_and_only_what_changed_runs(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", DIAMOND, light=True)
+    toy.dvc("repro")
+    toy.forget_starts()
+    toy.set("b", text="another")  # its output does not depend on it: d stays as it is
+    results = json.loads(toy.lifecycle("run", "--json").stdout)
+
+    assert toy.starts() == ["b"]
+    assert {entry["stage"]: entry["state"] for entry in results["stages"]} == {
+        "a": "cached", "b": "done", "c": "cached", "d": "cached",
+    }  # fmt: skip
+    flow_run = ask(served, "flow_runs")[0]
+    assert flow_run["state_name"] == "Completed"
+    assert flow_run["name"] == "b +1"
+    conditions = {"flow_runs": {"id": {"any_": [flow_run["id"]]}}}
+    tasks = ask(served, "task_runs", **conditions)
+    assert {task["name"]: task["state_name"] for task in tasks} == {
+        "a": "Cached", "b": "Done", "c": "Cached", "d": "Cached",
+    }  # fmt: skip
+    artifacts = {artifact["key"]: artifact for artifact in ask(served, "artifacts", **conditions)}
+    rows = json.loads(artifacts["stages"]["data"])
+    assert [row["stage"] for row in rows] == ["a", "b", "c", "d"]
+    assert artifacts["summary"]["data"].startswith("# b +1")
+
+
+def test_a_failing_stage_stops_only_what_depends_on_it_and_only_crashes_are_retried(
+    tmp_path: Path, served: str
+) -> None:
+    graph = {
+        "wrong": [], "after_wrong": ["wrong"], "gate": [], "crash": [], "killed": [], "after_killed": ["killed"],
+        "again": [],
+    }  # fmt: skip
+    toy = build(tmp_path / "toy", graph)
+    toy.set("wrong", outcome="wrong data")
+    toy.set("gate", outcome="gate")
+    toy.set("crash", outcome="crash")
+    toy.set("killed", outcome="kill once")
+    toy.set("again", outcome="again once")
+    done = toy.lifecycle("run", "--json", code=2)
+
+    results = {entry["stage"]: entry for entry in json.loads(done.stdout)["stages"]}
+    assert {name: entry["state"] for name, entry in results.items()} == {
+        "wrong": "failed", "after_wrong": "not run", "gate": "failed", "crash": "failed", "killed": "done",
+        "after_killed": "done", "again": "done",
+    }  # fmt: skip
+    assert {name: toy.starts().count(name) for name in graph} == {
+        "wrong": 1, "after_wrong": 0, "gate": 1, "crash": 2, "killed": 2, "after_killed": 1, "again": 2,
+    }  # fmt: skip
+    assert [results[name]["code"] for name in ("wrong", "gate", "crash")] == [2, 3, 1]
+    assert "wrong failed: row 7: output is empty; fill it in" in done.stderr
+    assert "RuntimeError: boom" in done.stderr, "the end of a crashed stage's output is shown"
+    assert toy.record("again")["attempt"] == 2
+    assert ask(served, "flow_runs")[0]["state_name"] == "Failed"
+
+
+def test_a_stage_past_its_timeout_is_ended(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", {"slow": []}, meta={"slow": {"timeout": 2.5, "retries": 0}})
+    toy.set("slow", outcome="wait")
+    done = toy.lifecycle("run", code=1)
+    assert "slow failed: took longer than 2.5 s" in done.stderr
+    assert not alive(toy)
+
+
+def test_two_flows_one_workspace(tmp_path: Path, served: str) -> None:
+    """The second is sent away; `lifecycle status` and `dvc status` beside a run do not disturb it."""
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
+    toy.set("a", outcome="wait")
+    first = toy.start("run")
+    toy.await_stage("a")
+    second = toy.lifecycle("run", code=75)
+    assert second.stderr.count("\n") == 1
+    assert f"another run has this workspace (process {first.pid})" in second.stderr
+    entries = {
+        entry["stage"]: entry for entry in json.loads(toy.lifecycle("status", "--json").stdout)["stages"]
+    }
+    assert entries["a"]["state"] == "running"
+    assert entries["a"]["process"] == toy.processes()[0]
+    toy.dvc("status", code=None)
+    toy.go()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, output
+    assert toy.starts() == ["a", "b"]
+
+
+def test_a_flow_beside_dvc_repro_waits_for_it(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
+    toy.set("a", outcome="wait")
+    expected = toy.copy(tmp_path / "expected")
+    expected.go()
+    expected.dvc("repro")
+    command = [sys.executable, "-m", "dvc", "repro", "a"]
+    other = subprocess.Popen(command, cwd=toy.root, env=toy.environment({}), stdout=subprocess.DEVNULL)
+    toy.await_stage("a")
+    flow = toy.start("run")
+    assert flow.stdout is not None
+    seen = ""
+    while "a runs already as process" not in seen:
+        line = flow.stdout.readline()
+        assert line, seen
+        seen += line
+    toy.go()
+    output, _ = flow.communicate(timeout=60)
+    assert flow.returncode == 0, output
+    assert other.wait(timeout=60) == 0
+    assert toy.starts() == ["a", "b"], "what dvc repro had begun was not run again"
+    assert toy.lock() == expected.lock()
+
+
+def test_ctrl_c_ends_everything_and_the_next_run_goes_on(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
+    toy.set("b", outcome="wait")
+    run = toy.start("run")
+    toy.await_stage("b")
+    os.kill(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert "Traceback" not in output
+    assert not alive(toy)
+    assert toy.record("b")["exit_code"] == 143
+    assert ask(served, "flow_runs")[0]["state_name"] == "Cancelled"
+    toy.go()
+    toy.lifecycle("run")
+    assert toy.starts() == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("victim", ["flow", "dvc", "stage"])
+def test_a_killed_run_leaves_no_orphan_and_the_next_one_converges(
+    victim: str, tmp_path: Path, served: str
+) -> None:
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, meta={"a": {"retries": 0}})
+    toy.set("a", outcome="wait")
+    expected = toy.copy(tmp_path / "expected")
+    expected.go()
+    expected.dvc("repro")
+    run = toy.start("run")
+    toy.await_stage("a")
+    stage = toy.processes()[0]
+    os.kill({"flow": run.pid, "dvc": os.getpgid(stage), "stage": stage}[victim], signal.SIGKILL)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == (-9 if victim == "flow" else 1), output
+    until(lambda: not alive(toy), "the stage to end itself", seconds=20)
+
+    toy.go()
+    toy.lifecycle("run")
+    assert toy.lock() == expected.lock()
+    assert toy.starts() == ["a", "a", "b"]
+
+
+def test_a_prefect_server_that_is_down_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.free_port()}/api")
+    toy = build(tmp_path / "toy", {"a": []}, light=True)
+    done = toy.lifecycle("run")
+    assert toy.output("a") == "a"
+    assert done.stderr.count("does not answer") == 1
+
+
+def test_a_prefect_server_that_dies_takes_only_its_record_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
+    toy.set("a", outcome="wait")
+    mortal = start_server(tmp_path, tmp_path / "home")
+    with mortal as url:
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        run = toy.start("run")
+        toy.await_stage("a")
+        os.killpg(mortal.process.pid, signal.SIGKILL)
+        toy.go()
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert toy.starts() == ["a", "b"]
+    assert "Traceback" not in output
+    assert output.count("Prefect") == 1, output
+    assert set(toy.lock()["stages"]) == {"a", "b"}
+
+
+def alive(toy: Toy) -> list[int]:
+    """Stage processes that still run."""
+    return [pid for pid in toy.processes() if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_lock_entries_are_those_of_dvc(tmp_path: Path) -> None:
+    """Ordering dvc.lock changes its order alone."""
+    from flows import pipeline
+
+    toy = build(tmp_path / "toy", DIAMOND, light=True)
+    toy.dvc("repro")
+    path = toy.root / "dvc.lock"
+    right = path.read_bytes()
+    lock = toy.lock()
+    lock["stages"] = dict(reversed(lock["stages"].items()))
+    path.write_text(yaml.safe_dump(lock, sort_keys=False))
+    pipeline.order_lock(toy.root, list(pipeline.read_graph(toy.root)))
+    assert path.read_bytes() == right
