@@ -164,7 +164,7 @@ def test_rows_become_examples_in_three_splits(tmp_path: Path, run: Run) -> None:
     }
     assert run.metrics["summarize_test"] == run.metrics["examples_test"] > 10
     first = next(example for example in made if example.outputs == ("gist 0",))
-    assert first.id == "talks-1.1"
+    assert first.id == "talks:1.1"
     assert first.prompt == f"Sum up:\n{rows(1)[0]['talk']}"
     assert first.task == "summarize" and first.split is None and first.slots == {}
     [(name, tracked, digest, count)] = run.track.datasets
@@ -245,7 +245,7 @@ def test_no_group_crosses_a_split_and_pins_are_kept(tmp_path: Path, run: Run) ->
     run.start(section(loose, pinned))
     groups = [{example.group for example in run.examples(split)} for split in SPLITS]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 40
-    assert {"exam-r201", "exam-r202", "exam-r203"} <= {example.id for example in run.examples("test")}
+    assert {"exam:r201", "exam:r202", "exam:r203"} <= {example.id for example in run.examples("test")}
     assert {"author 1", "author 2", "author 3"} <= groups[2]
 
 
@@ -259,7 +259,7 @@ def test_repeats_go_and_the_first_stays(tmp_path: Path, run: Run) -> None:
     outputs = {example.reference for example in run.all()}
     assert "gist 3" in outputs and "other" not in outputs
     assert "one" in outputs and "two" not in outputs
-    assert "talks-1.53 is near talks-1.52 (0.86)" in run.card()
+    assert "talks:1.53 is near talks:1.52 (0.86)" in run.card()
 
 
 def test_repeats_stay_when_asked_and_other_questions_are_no_repeats(tmp_path: Path, run: Run) -> None:
@@ -275,7 +275,7 @@ def test_sources_are_mixed_by_weight_in_train_only(tmp_path: Path, run: Run) -> 
     many = source(jsonl(tmp_path / "a.jsonl", rows(600)), weight=1.0)
     few = source(jsonl(tmp_path / "b.jsonl", rows(100, offset=900)), name="few", weight=2.0)
     run.start(section(many, few))
-    train = [example.id.partition("-")[0] for example in run.examples("train")]
+    train = [example.id.partition(":")[0] for example in run.examples("train")]
     assert train.count("few") == 100 - sum(
         ex.id.startswith("few") for s in SPLITS[1:] for ex in run.examples(s)
     )
@@ -410,7 +410,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], None] | None, list[str]]] = {
         write(json.dumps({"talk": "x" * 10_485_760, "gist": "c"})),
         ["line 1, column talk: found 10,485,760 characters, expected at most 1,000 (prepare.max_field_chars)"],
     ),
-    "repeated id": ("a.jsonl", repeated_id, ["line 4, column id: found talks-r1", "expected a new id"]),
+    "repeated id": ("a.jsonl", repeated_id, ["line 4, column id: found talks:r1", "expected a new id"]),
     "cut gzip": (
         "a.jsonl.gz",
         write(gzip.compress(os.urandom(5000))[:-30]),
@@ -534,7 +534,7 @@ def test_equal_texts_in_train_and_test_end_the_stage(tmp_path: Path, run: Run) -
     columns = {"id": "by", "instruction": "by", "input": "talk", "group": "by"}
     values = section(source(jsonl(tmp_path / "a.jsonl", some), columns=columns), templates={})
     with pytest.raises(
-        DataError, match=r"^leak: 1 texts are in test and in train: talks-\d+ = talks-\d+; give"
+        DataError, match=r"^leak: 1 texts are in test and in train: talks:\d+ = talks:\d+; give"
     ):
         run.start(values)
 
@@ -547,7 +547,7 @@ def test_near_texts_in_train_and_test_end_the_stage(tmp_path: Path, run: Run) ->
     ]
     values = section(source(jsonl(tmp_path / "a.jsonl", some)), deduplicate={"exact": True, "near": None})
     with pytest.raises(
-        DataError, match=r"^leak: texts in test are near texts in train \(at least 0\.8\): talks-1"
+        DataError, match=r"^leak: texts in test are near texts in train \(at least 0\.8\): talks:1"
     ):
         run.start(values)
     assert len(Run(tmp_path / "allowed").start({**values, "leakage": None}).all()) == 40
@@ -557,7 +557,7 @@ def test_pins_that_tear_a_group_end_the_stage(tmp_path: Path, run: Run) -> None:
     path = jsonl(tmp_path / "a.jsonl", rows(5))
     one, other = (source(path, name=split, split=split) for split in ("train", "test"))
     with pytest.raises(
-        DataError, match=r"train-1\.\d is pinned to train and test-1\.\d to test, but both are in gr"
+        DataError, match=r"train:1\.\d is pinned to train and test:1\.\d to test, but both are in gr"
     ):
         run.start(section(one, other))
 
@@ -770,10 +770,10 @@ def test_gsm8k_and_big_bench_hard_mix_with_a_mapping_alone(real_data: Path, run:
     assert run.metrics["reasoning_test"] + run.metrics["examples_repeats"] >= 990
     assert run.metrics["arithmetic_train"] > 450
     assert {example.id.partition(".")[0] for example in run.examples("test")} >= {
-        "bbh-1",
-        "bbh-2",
-        "bbh-3",
-        "bbh-4",
+        "bbh:1",
+        "bbh:2",
+        "bbh:3",
+        "bbh:4",
     }
 
 

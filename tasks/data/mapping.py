@@ -122,7 +122,8 @@ def example(
     outputs: tuple[str, ...],
     templates: tuple[str, ...],
     *,
-    name: str,
+    source: str,
+    place: str,
     task: str,
     split: Split | None,
     longest: int,
@@ -130,14 +131,15 @@ def example(
     """The example that a row makes, the question that is the row's own ("" when a template puts it), and what
     it is about: the input, or the question when there is none, normalised.
 
-    `name` is its id unless a column gives one. Which of `templates` is used depends on the input alone. Without
-    a `group` column equal inputs make a group. Raises Fault when a field is not what an Example needs.
+    Its id is the name of the `source` and the column `id`, or its `place`. Which of `templates` is used depends
+    on the input alone. Without a `group` column equal inputs make a group. Raises Fault when a field is not what
+    an Example needs.
     """
     values = {field: fill(spec, row, longest) for field, spec in columns.items()}
     question, text = values.get("instruction", ""), values.get("input", "")
     about = normalise(text) or normalise(question)
     fields = {
-        "id": f"{name.rpartition('-')[0]}-{values['id']}" if "id" in columns else name,
+        "id": f"{source}:{values.get('id', place)}",
         "task": task,
         "instruction": question if "instruction" in columns else templates[key(task, about) % len(templates)],
         "input": text,
