@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,12 @@ def memory(process: psutil.Process) -> tuple[int, int]:
     return uss, rss
 
 
+def cpu_seconds() -> float:
+    """Processor time of all children that have ended; unlike the clock it does not count the work of others."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(count: int) -> dict[str, Any]:
     """One run of the stage on `count` rows."""
     with tempfile.TemporaryDirectory() as name:
@@ -85,6 +92,7 @@ def measure(count: int) -> dict[str, Any]:
         graph = {"stages": {"prepare": {"cmd": "python -m tasks.prepare", "params": ["seed", "prepare"]}}}
         (folder / "dvc.yaml").write_text(json.dumps(graph), encoding="utf-8")
         peak_uss = peak_rss = processes = 0
+        before = cpu_seconds()
         started = time.perf_counter()
         with subprocess.Popen(
             [sys.executable, "-m", "tasks.prepare"],
@@ -109,6 +117,7 @@ def measure(count: int) -> dict[str, Any]:
             "input_megabytes": round((folder / "rows.jsonl").stat().st_size / 1e6, 1),
             "seconds": round(seconds, 1),
             "rows_per_second": round(count / seconds),
+            "cpu_seconds": round(cpu_seconds() - before, 1),
             "peak_megabytes": round(peak_uss / 1e6),
             "peak_rss_megabytes": round(peak_rss / 1e6),
             "processes": processes,

@@ -132,8 +132,8 @@ def example(
     it is about: the input, or the question when there is none, normalised.
 
     Its id is the name of the `source` and the column `id`, or its `place`. Which of `templates` is used depends
-    on the input alone. Without a `group` column equal inputs make a group. Raises Fault when a field is not what
-    an Example needs.
+    on the input alone. Without a `group` column equal inputs make a group. Raises Fault when a field is not
+    what an Example needs.
     """
     values = {field: fill(spec, row, longest) for field, spec in columns.items()}
     question, text = values.get("instruction", ""), values.get("input", "")
