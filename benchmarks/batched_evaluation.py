@@ -3,7 +3,7 @@
 The loop tokenizes a prompt, calls `model.generate`, decodes, and goes on to the next. The stage answers prompts
 in batches of similar length. Both decode greedily with the same limit; the answers are compared too.
 
-    python benchmarks/batched_evaluation.py [--model models/finetune] [--prompts 256] [--repeats 3]
+    python benchmarks/batched_evaluation.py [--model models/finetune] [--prompts 128] [--repeats 3]
 
 Prints a table and writes benchmarks/results/batched_evaluation.json.
 """
@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("models/finetune"))
     parser.add_argument("--examples", type=Path, default=Path("data/examples/test.jsonl"))
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     try:

@@ -241,7 +241,9 @@ def _answer(
                     }
                 if name == params.tuned:
                     for setting, fields in params.decoding.items():
-                        answered.decoding[setting] = speak(prompts[:limit], params.generation | fields)
+                        asked = params.generation | fields
+                        known = asked == params.generation
+                        answered.decoding[setting] = texts[:limit] if known else speak(prompts[:limit], asked)
     return answered
 
 

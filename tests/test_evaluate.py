@@ -330,7 +330,7 @@ def test_a_wrong_section_is_named(changes: dict[str, Any], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path) -> None:
+def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path, mlflow_store: str) -> None:
     folder = shutil.copytree(seq2seq, tmp_path / "clone")
     quick = {"examples": {"main_task": 6, "other_tasks": 2, "decoding": 2}, "decoding": {"greedy": {}}}
     document = {"seed": 7, "compute": COMPUTE, "evaluate": SECTION | quick}

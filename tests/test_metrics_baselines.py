@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.metrics.baselines import lead_1, longest_turn, nearest
@@ -42,6 +42,7 @@ def test_the_nearest_text_shares_the_rarest_words() -> None:
     assert nearest(["Book the HALL, please, on monday!", "an invoice", "nothing shared"], known) == [2, 0, 0]
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(TEXTS, min_size=1, max_size=6))
 def test_the_nearest_text_has_the_highest_cosine(texts: list[str], known: list[str]) -> None:
     for text, row in zip(texts, nearest(texts, known), strict=True):

@@ -3,7 +3,7 @@
 import random
 from itertools import product
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.metrics.bootstrap import ratio
@@ -71,11 +71,13 @@ def test_an_example_without_slots_counts_nothing() -> None:
     assert counts.tolist() == [[0, 0], [2, 2]]
 
 
+@settings(deadline=None)
 @given(st.lists(FACTS, min_size=1, max_size=6))
 def test_the_reference_itself_is_all_right(slots: list[dict[str, str]]) -> None:
     assert f1([sentence(facts) for facts in slots], slots) == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(FACTS, FACTS), min_size=1, max_size=6), st.integers())
 def test_bounds_and_order(pairs: list[tuple[dict[str, str], dict[str, str]]], seed: int) -> None:
     said, slots = zip(*pairs, strict=True)

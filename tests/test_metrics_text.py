@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.metrics import bleu
@@ -42,6 +42,7 @@ def test_rouge_1_does_not_see_what_not_means() -> None:
     assert scores.round(3).tolist() == [0.889, 0.889]
 
 
+@settings(deadline=None)
 @given(PAIRS)
 def test_rouge_equals_the_package_without_our_cache(pairs: list[tuple[str, list[str]]]) -> None:
     from rouge_score.rouge_scorer import RougeScorer
@@ -64,6 +65,7 @@ def test_the_best_of_several_references_counts() -> None:
     assert exact_match(["a b c"], [["x y", "a b c"]]).tolist() == [1]
 
 
+@settings(deadline=None)
 @given(PAIRS)
 def test_bleu_equals_sacrebleu(pairs: list[tuple[str, list[str]]]) -> None:
     from sacrebleu.metrics import BLEU
@@ -82,6 +84,7 @@ def test_bleu_keeps_the_signature() -> None:
     assert bleu.signature([["a"], ["b", "c"]]).startswith("nrefs:var|")
 
 
+@settings(deadline=None)
 @given(st.lists(FULL_TEXTS, min_size=1, max_size=5))
 def test_a_copy_of_the_reference_scores_one(texts: list[str]) -> None:
     references = [[text] for text in texts]
@@ -92,6 +95,7 @@ def test_a_copy_of_the_reference_scores_one(texts: list[str]) -> None:
     assert (words[:, 0] == words[:, 1]).all()
 
 
+@settings(deadline=None)
 @given(PAIRS, st.integers())
 def test_scores_are_in_bounds_and_do_not_depend_on_order(pairs: list[tuple[str, list[str]]], seed: int) -> None:
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))

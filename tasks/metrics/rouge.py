@@ -6,7 +6,8 @@ its time in the Porter stemmer, so every word is stemmed once.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ class StemmedWords:
     def __init__(self) -> None:
         from rouge_score.tokenizers import DefaultTokenizer
 
-        self.tokens_of_word = lru_cache(maxsize=None)(DefaultTokenizer(use_stemmer=True).tokenize)
+        self.tokens_of_word = cache(DefaultTokenizer(use_stemmer=True).tokenize)
 
     def tokenize(self, text: str) -> list[str]:
         """Return the stemmed words of `text`."""
@@ -29,12 +30,17 @@ class StemmedWords:
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float64]]:
     """Return the F-measure `[N]` of each of `NAMES` for N answers, each with one or more references."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(NAMES, tokenizer=StemmedWords())
+    scorer = _scorer()
     rows = [
         [scores[name].fmeasure for name in NAMES]
         for prediction, targets in zip(predictions, references, strict=True)
         for scores in [scorer.score_multi(targets, prediction)]
     ]
     return dict(zip(NAMES, np.array(rows, dtype=np.float64).reshape(len(rows), len(NAMES)).T, strict=True))
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(NAMES, tokenizer=StemmedWords())
