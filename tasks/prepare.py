@@ -122,7 +122,7 @@ def prepare(
 
     with ExitStack() as stack:
         corpus, fresh, documents = _read(params, rejects, stack, context)
-        chosen, read = _select(params, corpus, fresh, documents)
+        chosen, read = _select(params, corpus, fresh, documents, context)
         with new_folder(examples) as folder:
             corpus.write(chosen.places, [folder / f"{split}.jsonl" for split in SPLITS])
         with new_folder(text) as folder:
@@ -163,27 +163,34 @@ def _read(
 
 
 def _select(
-    params: Params, corpus: "Corpus", fresh: "Mask", documents: "Corpus"
+    params: Params, corpus: "Corpus", fresh: "Mask", documents: "Corpus", context: Context
 ) -> tuple["Selection", "Selection"]:
+    """Which examples and which documents are used, and where."""
+    from tasks.data.duplicates import BANDS
     from tasks.data.selection import held_out_groups, select_examples, select_text
 
-    chosen = select_examples(
-        corpus,
-        fresh,
-        exact=params.deduplicate.exact,
-        near=params.deduplicate.near,
-        validation=params.splits.validation,
-        test=params.splits.test,
-        leakage=params.leakage,
-        weights=[source.weight for source in params.examples],
-    )
-    read = select_text(
-        documents,
-        exact=params.text.deduplicate.exact,
-        near=params.text.deduplicate.near,
-        validation=params.text.validation,
-        held_out=held_out_groups(corpus, chosen),
-    )
+    thresholds = (params.deduplicate.near, params.leakage, params.text.deduplicate.near)
+    searches = sum(threshold is not None for threshold in thresholds)
+    with context.progress(BANDS * searches, "prepare: near repeats") as bar:
+        chosen = select_examples(
+            corpus,
+            fresh,
+            exact=params.deduplicate.exact,
+            near=params.deduplicate.near,
+            validation=params.splits.validation,
+            test=params.splits.test,
+            leakage=params.leakage,
+            weights=[source.weight for source in params.examples],
+            bar=bar,
+        )
+        read = select_text(
+            documents,
+            exact=params.text.deduplicate.exact,
+            near=params.text.deduplicate.near,
+            validation=params.text.validation,
+            held_out=held_out_groups(corpus, chosen),
+            bar=bar,
+        )
     return chosen, read
 
 

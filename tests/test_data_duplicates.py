@@ -101,6 +101,21 @@ def test_near_repeats_are_found_among_many_others() -> None:
     assert [earlier for _, earlier in found] == list(copies.values())
 
 
+def test_texts_just_below_the_threshold_stay() -> None:
+    pairs = [(words(60, seed), altered(words(60, seed), 2, seed)) for seed in range(50)]
+    texts = [text for base, other in pairs for text in (" ".join(base), other)]
+    exact = {place: resemblance(texts[place - 1], texts[place]) for place in range(1, 100, 2)}
+    found = near_repeats(
+        signatures(texts),
+        np.zeros(len(texts), np.uint64),
+        np.ones(len(texts), bool),
+        0.72,
+        lambda one, other: resemblance(texts[one], texts[other]),
+    )
+    assert [row for row, _ in found] == [place for place, value in exact.items() if value >= 0.72]
+    assert 0 < len(found) < 50
+
+
 def test_crossings_are_near_pairs_of_the_two_sides_only() -> None:
     base = [words(60, seed) for seed in range(30)]
     texts = [" ".join(text) for text in base] + [altered(base[7], 1, 1), altered(base[9], 1, 2), "x y z"]

@@ -392,6 +392,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], None] | None, list[str]]] = {
     "UTF-16": ("a.jsonl", write(GOOD.encode("utf-16")), ["a.jsonl: UTF-16, expected UTF-8", "iconv"]),
     "missing column": ("a.jsonl", write('{"talk": "a"}'), ["line 1, column gist", "the row has talk", "text"]),
     "null": ("a.jsonl", write('{"talk": "a", "gist": null}'), ["column gist: found null, expected text"]),
+    "NaN": ("a.jsonl", write('{"talk": "a", "gist": NaN}'), ["column gist: found NaN, expected text"]),
     "truth value": (
         "a.jsonl",
         write('{"talk": true, "gist": "c"}'),

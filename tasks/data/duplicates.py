@@ -100,16 +100,22 @@ def _shingle_set(text: str) -> set[tuple[str, ...]]:
 
 
 def near_repeats(
-    found: Signatures, scopes: Hashes, chosen: Mask, threshold: float, exact: Callable[[int, int], float]
+    found: Signatures,
+    scopes: Hashes,
+    chosen: Mask,
+    threshold: float,
+    exact: Callable[[int, int], float],
+    each_band: Callable[[], object] = lambda: None,
 ) -> list[tuple[int, int]]:
     """(position, earlier position) of each text that is near an earlier one that stays.
 
     Near means a resemblance of at least `threshold`. Of the N texts with signatures `found` [N, 128] those are
-    compared that are `chosen` [N] and of one scope (`scopes` [N]). `exact` gives the resemblance of two texts.
+    compared that are `chosen` [N] and of one scope (`scopes` [N]). `exact` gives the resemblance of two texts;
+    `each_band` is called BANDS times.
     """
     candidates = [
         _likely(found, pairs, threshold)
-        for order, same in _buckets(found, scopes, chosen)
+        for order, same in _buckets(found, scopes, chosen, each_band)
         for pairs in _chains(order, same)
     ]
     dropped: dict[int, int] = {}
@@ -120,19 +126,29 @@ def near_repeats(
 
 
 def near_crossings(
-    found: Signatures, left: Mask, right: Mask, threshold: float, exact: Callable[[int, int], float]
+    found: Signatures,
+    left: Mask,
+    right: Mask,
+    threshold: float,
+    exact: Callable[[int, int], float],
+    each_band: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[int, int]]:
-    """(left position, right position) of texts of two sides [N] whose resemblance is >= `threshold`, lazily."""
+    """(left position, right position) of texts of two sides [N] whose resemblance is >= `threshold`, lazily.
+
+    The other arguments are those of `near_repeats`.
+    """
     scopes = np.zeros(len(found), dtype=np.uint64)
     candidates = [
         _likely(found, pairs, threshold)
-        for order, same in _buckets(found, scopes, left | right)
+        for order, same in _buckets(found, scopes, left | right, each_band)
         for pairs in _neighbours(order, same, left, right)
     ]
     return (pair for pair in _unique(candidates) if exact(*pair) >= threshold)
 
 
-def _buckets(found: Signatures, scopes: Hashes, chosen: Mask) -> Iterator[tuple[Positions, Mask]]:
+def _buckets(
+    found: Signatures, scopes: Hashes, chosen: Mask, each_band: Callable[[], object]
+) -> Iterator[tuple[Positions, Mask]]:
     """For each band: the C chosen positions sorted by bucket, then by position [C], and whether each shares the
     bucket of the one before it [C]."""
     positions = np.flatnonzero(chosen)
@@ -147,6 +163,7 @@ def _buckets(found: Signatures, scopes: Hashes, chosen: Mask) -> Iterator[tuple[
         same = np.zeros(len(packed), dtype=bool)
         same[1:] = packed[1:] >> LOW_BITS == packed[:-1] >> LOW_BITS
         yield positions[packed & LOW], same
+        each_band()
 
 
 def _chains(order: Positions, same: Mask) -> Iterator[Positions]:

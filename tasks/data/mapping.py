@@ -87,7 +87,7 @@ def _text(row: Row, column: str, longest: int) -> str:
     if column not in row:
         raise Fault(column, f"no such column (the row has {', '.join(row)[:100]})", "text")
     value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
         raise Fault(column, shown(value), "text or a number")
     text = str(value)
     if len(text) > longest:

@@ -21,6 +21,7 @@ from tasks.data.splits import (
     torn_group,
 )
 from tasks.stage import DataError
+from tasks.stage.progress import Bar
 
 LEFT_OUT = -1
 NAMED = 3  # examples in a message
@@ -62,11 +63,12 @@ def select_examples(
     test: float,
     leakage: float | None,
     weights: Sequence[float | None],
+    bar: Bar,
 ) -> Selection:
     """Choose and place the examples among the `fresh` rows [N].
 
-    `near` and `leakage` are thresholds of resemblance, `weights` those of the sources. Raises DataError when
-    the pins tear a group, when a test text is in train too, or when nothing is left to train on.
+    `near` and `leakage` are thresholds of resemblance, `weights` those of the sources; `bar` counts bands.
+    Raises DataError when the pins tear a group, a test text is in train too, or nothing is left to train on.
     """
     rows = corpus.rows
     if torn := torn_group(rows["group"], rows["pin"]):
@@ -75,9 +77,9 @@ def select_examples(
             f"{one['id']} is pinned to {one['split']} and {other['id']} to {other['split']}, but both are in "
             f"group {one['group']}, which cannot be divided; pin both alike, or map another column to group"
         )
-    repeated, near_pairs, kept = _unique(corpus, fresh, exact=exact, near=near)
+    repeated, near_pairs, kept = _unique(corpus, fresh, exact=exact, near=near, bar=bar)
     places = np.where(kept, assign(rows["group"], rows["pin"], validation, test), LEFT_OUT).astype(np.int8)
-    refuse_leaks(corpus, places, leakage)
+    _refuse_leaks(corpus, places, leakage, bar)
     trained = np.flatnonzero(places == TRAIN)
     left_out = np.zeros(len(rows), dtype=bool)
     left_out[trained] = ~mixture(rows["source"][trained], rows["content"][trained], weights)
@@ -90,14 +92,14 @@ def select_examples(
 
 
 def select_text(
-    corpus: Corpus, *, exact: bool, near: float | None, validation: float, held_out: Hashes
+    corpus: Corpus, *, exact: bool, near: float | None, validation: float, held_out: Hashes, bar: Bar
 ) -> Selection:
-    """Choose and place the documents.
+    """Choose and place the documents; the thresholds and `bar` are as for examples.
 
     Those whose group is in `held_out` [G] (groups of examples that no model may have read) are left out.
     """
     every = np.ones(len(corpus), dtype=bool)
-    repeated, near_pairs, kept = _unique(corpus, every, exact=exact, near=near)
+    repeated, near_pairs, kept = _unique(corpus, every, exact=exact, near=near, bar=bar)
     groups = corpus.rows["group"]
     left_out = kept & np.isin(groups, held_out)
     # mixed again: the groups that the hash puts first are the held-out ones, and gone
@@ -113,7 +115,7 @@ def held_out_groups(corpus: Corpus, selection: Selection) -> Hashes:
 
 
 def _unique(
-    corpus: Corpus, fresh: Mask, *, exact: bool, near: float | None
+    corpus: Corpus, fresh: Mask, *, exact: bool, near: float | None, bar: Bar
 ) -> tuple[Mask, list[tuple[int, int]], Mask]:
     """Exact repeats [N], near repeats with the row that stays, and the rows that are kept [N]."""
     repeated = np.zeros(len(corpus), dtype=bool)
@@ -122,13 +124,15 @@ def _unique(
     kept = fresh & ~repeated
     pairs: list[tuple[int, int]] = []
     if near is not None and corpus.signatures is not None:
-        pairs = near_repeats(corpus.signatures, corpus.rows["scope"], kept, near, corpus.resemblance)
+        pairs = near_repeats(
+            corpus.signatures, corpus.rows["scope"], kept, near, corpus.resemblance, bar.advance
+        )
         kept = kept.copy()
         kept[[row for row, _ in pairs]] = False
     return repeated, pairs, kept
 
 
-def refuse_leaks(corpus: Corpus, places: Places, threshold: float | None) -> None:
+def _refuse_leaks(corpus: Corpus, places: Places, threshold: float | None, bar: Bar) -> None:
     """Raise DataError when a test row's text, or by `threshold` one that nearly says the same, is in train."""
     test, train = places == TEST, places == TRAIN
     same = shared_keys(corpus.rows["text"], test, train)
@@ -136,8 +140,8 @@ def refuse_leaks(corpus: Corpus, places: Places, threshold: float | None) -> Non
         raise DataError(_leak(corpus, same, f"{len(same)} texts are in test and in train"))
     if threshold is None or corpus.signatures is None:
         return
-    near = list(islice(near_crossings(corpus.signatures, test, train, threshold, corpus.resemblance), NAMED))
-    if near:
+    crossings = near_crossings(corpus.signatures, test, train, threshold, corpus.resemblance, bar.advance)
+    if near := list(islice(crossings, NAMED)):
         raise DataError(_leak(corpus, near, f"texts in test are near texts in train (at least {threshold})"))
 
 
