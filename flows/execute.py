@@ -1,5 +1,6 @@
 """Carry out a run through Prefect, whatever becomes of Prefect: the record may be lost, the work is not."""
 
+import logging
 import os
 import threading
 
@@ -10,7 +11,7 @@ from tasks.stage.errors import one_line, say
 
 SECONDS_BETWEEN_LOOKS = 0.2
 PREFECT = {
-    "PREFECT_CLIENT_MAX_RETRIES": "2",  # a server that is gone is given up after seconds, not minutes
+    "PREFECT_CLIENT_MAX_RETRIES": "1",  # a server that is gone is given up after seconds, not minutes
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the display speaks
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
 }
@@ -62,6 +63,7 @@ def _with_server(run: Run) -> None:
 
 def _flow(run: Run, url: str) -> None:
     os.environ.update({**PREFECT, **os.environ, "PREFECT_API_URL": url})
+    logging.raiseExceptions = False  # log lines that a dead server does not take are no news
     from flows import lifecycle  # takes as long as a server takes to start
 
     server.await_start(url, run.stop)

@@ -2,10 +2,12 @@
 
 import difflib
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
@@ -83,17 +85,25 @@ def _parse(setting: str) -> tuple[list[str], Any]:
 
 
 def _in_any_yaml(value: Any) -> Any:
-    """`value` such that YAML 1.1 readers see what 1.2 readers see: text like `no` or `1e-3` in quotes."""
-    import yaml
-
+    """`value` such that a YAML 1.1 reader sees what a 1.2 reader sees: `no` in quotes, 1e-05 as 1.0e-05."""
     if isinstance(value, str):
-        plain = yaml.safe_load(f"[{value}]") if value.isalnum() or "." in value else [value]
-        return value if plain == [value] else DoubleQuotedScalarString(value)
+        return value if _plain(value) else DoubleQuotedScalarString(value)
+    if isinstance(value, float):
+        text = repr(value)
+        return value if "." in text else YAML().load(text.replace("e", ".0e"))
     if isinstance(value, list):
         return [_in_any_yaml(item) for item in value]
     if isinstance(value, dict):
         return {key: _in_any_yaml(item) for key, item in value.items()}
     return value
+
+
+def _plain(text: str) -> bool:
+    """Whether text without quotes is text to a YAML 1.1 reader."""
+    try:
+        return bool(yaml.safe_load(text) == text)
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def _merge(target: CommentedMap, new: Mapping[str, Any], above: tuple[str, ...], where: str) -> None:
@@ -165,6 +175,7 @@ def _yaml(text: str) -> YAML:
     style = YAML()
     style.preserve_quotes = True
     style.width = 4096  # no line is folded
-    indented = any(line.startswith("  - ") for line in text.splitlines())
-    style.indent(mapping=2, sequence=4 if indented else 2, offset=2 if indented else 0)
+    item = re.search(r"^( *)[^\s#-].*:.*\n(?: *#.*\n)*( *)- ", text, re.MULTILINE)
+    offset = len(item[2]) - len(item[1]) if item else 2
+    style.indent(mapping=2, sequence=offset + 2, offset=offset)
     return style

@@ -146,8 +146,8 @@ def test_a_failing_stage_stops_only_what_depends_on_it_and_only_crashes_are_retr
     tmp_path: Path, served: str
 ) -> None:
     graph = {
-        "wrong": [], "after_wrong": ["wrong"], "gate": [], "crash": [], "killed": [], "after_killed": ["killed"],
-        "again": [],
+        "wrong": [], "after_wrong": ["wrong"], "gate": [], "crash": [], "again": [],
+        "killed": [], "after_killed": ["killed"],
     }  # fmt: skip
     toy = build(tmp_path / "toy", graph)
     toy.set("wrong", outcome="wrong data")
