@@ -16,7 +16,7 @@ from tasks.data.records import read_examples
 from tasks.data.synthetic import examples as synthetic
 from tasks.evaluate import Params, chosen, evaluate, shot_prompts
 from tasks.stage import Compute, Context, DataError, NullTrack, ParamsError
-from tasks.stage.params import validate
+from tasks.stage.params import read_section, read_yaml, stages_of, validate
 
 COMPUTE = {"device": "cpu", "precision": "fp32", "threads": 1}
 SECTION: dict[str, Any] = {
@@ -343,3 +343,10 @@ def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path, ml
     metrics = json.loads((folder / "metrics" / "evaluate.json").read_text())
     assert metrics["about"]["examples"] == 6
     assert (folder / "reports" / "evaluate" / "summary.md").is_file()
+
+
+def test_every_variant_of_the_default_run_is_a_dependency_in_the_graph(repository: Path) -> None:
+    section = read_section(read_yaml(repository / "params.yaml"), "evaluate", Params)
+    wanted = {f"models/{variant.model}" for variant in section.variants.values()}
+    deps = stages_of(read_yaml(repository / "dvc.yaml"))["evaluate"]["deps"]
+    assert wanted == {dep for dep in deps if dep.startswith("models/")}
