@@ -256,6 +256,19 @@ def test_parents_that_were_spooled_find_their_children(workspace: Path, mlflow_s
     assert tags(mlflow_store, ids["lifecycle"])["stage.toy.run_id"] == ids["toy"]
 
 
+def test_outputs_are_tagged_on_a_run_that_is_not_sent_yet(workspace: Path, mlflow_store: str) -> None:
+    """The server came back after the stage had given up on it, and before the pipeline was over."""
+    child, parent = Recorder("toy", {}), Recorder("lifecycle", {})
+    tag_committed(parent, child.id, {"out": "1"}, None)
+    parent.end("FINISHED")
+    assert upload().sent == [parent.id]  # the child is still being written
+    child.end("FINISHED")
+    assert upload().sent == [child.id]
+    assert runs(mlflow_store) == [("toy", "FINISHED"), ("lifecycle", "FINISHED")]
+    (run_id,) = rows(mlflow_store, "select run_uuid from runs where name = 'toy'")[0]
+    assert tags(mlflow_store, run_id)["dvc.out.out"] == "1"
+
+
 def test_a_cached_stage_is_linked_to_the_run_of_an_earlier_pipeline(workspace: Path, mlflow_store: str) -> None:
     for status in ("FINISHED", "FAILED"):  # only a run that finished made the outputs
         made = Recorder("toy", {"dvc.stage": "toy", "dvc.fingerprint": "f00"})
@@ -299,6 +312,21 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(workspace: Path, mlflow_store
     events.write_bytes(b"".join(lines[:2]) + b'{"kind": "metr')
     assert upload().sent == [run.id]
     assert runs(mlflow_store) == [("toy", "KILLED")]
+
+
+def test_a_sender_killed_after_the_last_request_changes_nothing(
+    workspace: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Recorder("toy", {})
+    run.metrics({"loss": 1.0})
+    run.end("FINISHED")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: pytest.fail("killed here"))
+        with pytest.raises(pytest.fail.Exception):
+            upload()
+    assert runs(mlflow_store) == [("toy", "FINISHED")]
+    assert upload().sent == [run.id]
+    assert runs(mlflow_store) == [("toy", "FINISHED")]
 
 
 class DyingServer(ThreadingHTTPServer):

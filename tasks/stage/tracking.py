@@ -28,6 +28,7 @@ from tasks.stage.secrets import redact
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 DEFAULT_EXPERIMENT = "lifecycle"
+RECORDING = "lifecycle.recording"  # the tag by which a run that was sent before is found again
 POINTS_AT_ONCE = 1000  # MLflow's own limits for one batch
 PARAMS_AT_ONCE = 100
 PARAM_LENGTH = 6000
@@ -225,8 +226,7 @@ class Sending:
             case "link":
                 self._link(client, event)
             case "tag_run":
-                if run := find_run(client, {"lifecycle.recording": event["run"]}):
-                    client.log_batch(run, tags=[RunTag(name, value) for name, value in event["values"].items()])
+                self._tag_other(client, event)
             case "end":
                 client.set_terminated(self.run_id, event["status"], end_time=event["time"])
                 self.done = True
@@ -242,6 +242,17 @@ class Sending:
         entry = {"path": name, "type": "table"}
         if entry not in known:
             client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps([*known, entry]))
+
+    def _tag_other(self, client: Any, event: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        folder = self.folder.parent / event["run"]
+        if folder.is_dir():  # one that is not sent yet can be tagged all the same
+            run: str | None = ensure_run(client, folder)
+        else:
+            run = find_run(client, {RECORDING: folder.name})
+        if run is not None:
+            client.log_batch(run, tags=[RunTag(name, value) for name, value in event["values"].items()])
 
     def _link(self, client: Any, event: Mapping[str, Any]) -> None:
         run = find_run(
@@ -264,14 +275,14 @@ def ensure_run(client: Any, folder: Path) -> str:
 def _find_or_create(client: Any, folder: Path) -> str:
     run_id = _read_text(folder / "run_id")
     if not run_id:
-        run_id = find_run(client, {"lifecycle.recording": folder.name}) or _create(client, folder)
+        run_id = find_run(client, {RECORDING: folder.name}) or _create(client, folder)
         (folder / "run_id").write_text(run_id, encoding="ascii")
     return run_id
 
 
 def _create(client: Any, folder: Path) -> str:
     start = _start_event(folder)
-    tags = {**start["tags"], "lifecycle.recording": folder.name, "mlflow.source.name": start["name"]}
+    tags = {**start["tags"], RECORDING: folder.name, "mlflow.source.name": start["name"]}
     if start["parent"] is not None:
         tags["mlflow.parentRunId"] = _parent_id(client, folder.parent / start["parent"])
     run = client.create_run(_experiment(client), start["time"], tags=tags, run_name=start["name"])
@@ -282,7 +293,7 @@ def _parent_id(client: Any, parent: Path) -> str:
     """The parent may be a recording that is here, one that was sent already, or any MLflow run."""
     if parent.is_dir():
         return _find_or_create(client, parent)
-    return find_run(client, {"lifecycle.recording": parent.name}) or parent.name
+    return find_run(client, {RECORDING: parent.name}) or parent.name
 
 
 def find_run(client: Any, tags: Mapping[str, str], status: str | None = None) -> str | None:
