@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import psutil
 import pytest
-import yaml
 from toy import Toy, build, until
 
 from flows import processes, server
@@ -63,6 +63,23 @@ def environment(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def served(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     return prefect_url
+
+
+@pytest.fixture(scope="module")
+def unstarted(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """Two stages, of which the first waits until it is let go."""
+    toy = build(tmp_path_factory.mktemp("unstarted") / "toy", {"a": [], "b": ["a"]}, meta={"a": {"retries": 0}})
+    toy.set("a", outcome="wait")
+    return toy
+
+
+@pytest.fixture(scope="module")
+def expected_lock(unstarted: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """dvc.lock of a run that nobody disturbs."""
+    toy = unstarted.copy(tmp_path_factory.mktemp("expected") / "toy")
+    toy.go()
+    toy.dvc("repro")
+    return toy.lock()
 
 
 def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
@@ -201,12 +218,10 @@ def test_two_flows_one_workspace(tmp_path: Path, served: str) -> None:
     assert toy.starts() == ["a", "b"]
 
 
-def test_a_flow_beside_dvc_repro_waits_for_it(tmp_path: Path, served: str) -> None:
-    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
-    toy.set("a", outcome="wait")
-    expected = toy.copy(tmp_path / "expected")
-    expected.go()
-    expected.dvc("repro")
+def test_a_flow_beside_dvc_repro_waits_for_it(
+    unstarted: Toy, expected_lock: dict[str, Any], tmp_path: Path, served: str
+) -> None:
+    toy = unstarted.copy(tmp_path / "toy")
     command = [sys.executable, "-m", "dvc", "repro", "a"]
     other = subprocess.Popen(command, cwd=toy.root, env=toy.environment({}), stdout=subprocess.DEVNULL)
     toy.await_stage("a")
@@ -222,7 +237,7 @@ def test_a_flow_beside_dvc_repro_waits_for_it(tmp_path: Path, served: str) -> No
     assert flow.returncode == 0, output
     assert other.wait(timeout=60) == 0
     assert toy.starts() == ["a", "b"], "what dvc repro had begun was not run again"
-    assert toy.lock() == expected.lock()
+    assert toy.lock() == expected_lock
 
 
 def test_ctrl_c_ends_everything_and_the_next_run_goes_on(tmp_path: Path, served: str) -> None:
@@ -244,13 +259,9 @@ def test_ctrl_c_ends_everything_and_the_next_run_goes_on(tmp_path: Path, served:
 
 @pytest.mark.parametrize("victim", ["flow", "dvc", "stage"])
 def test_a_killed_run_leaves_no_orphan_and_the_next_one_converges(
-    victim: str, tmp_path: Path, served: str
+    victim: str, unstarted: Toy, expected_lock: dict[str, Any], tmp_path: Path, served: str
 ) -> None:
-    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, meta={"a": {"retries": 0}})
-    toy.set("a", outcome="wait")
-    expected = toy.copy(tmp_path / "expected")
-    expected.go()
-    expected.dvc("repro")
+    toy = unstarted.copy(tmp_path / "toy")
     run = toy.start("run")
     toy.await_stage("a")
     stage = toy.processes()[0]
@@ -261,7 +272,7 @@ def test_a_killed_run_leaves_no_orphan_and_the_next_one_converges(
 
     toy.go()
     toy.lifecycle("run")
-    assert toy.lock() == expected.lock()
+    assert toy.lock() == expected_lock
     assert toy.starts() == ["a", "a", "b"]
 
 
@@ -293,30 +304,86 @@ def test_a_prefect_server_that_dies_takes_only_its_record_along(
     assert set(toy.lock()["stages"]) == {"a", "b"}
 
 
+def test_files_of_dvc_that_a_crash_cut_short_are_put_out_of_the_way(tmp_path: Path, served: str) -> None:
+    """Nothing is computed again: the outputs are in the cache."""
+    toy = build(tmp_path / "toy", DIAMOND)
+    toy.dvc("repro")
+    lock = toy.root / "dvc.lock"
+    before = lock.read_bytes()
+    lock.write_bytes(before[: before.rindex(b":")])
+    (toy.root / ".dvc" / "tmp" / "rwlock").write_text('{"write": {"data')
+    toy.forget_starts()
+    done = toy.lifecycle("run")
+    assert toy.starts() == []
+    assert lock.read_bytes() == before
+    assert ".dvc/tmp/rwlock was cut short" in done.stderr
+    assert "dvc.lock cannot be read" in done.stderr
+
+    lock.write_bytes(b"<<<<<<< HEAD\n" + before)
+    refused = toy.lifecycle("run", code=2)
+    assert refused.stderr == "dvc.lock has merge conflicts: take one side (git checkout --ours dvc.lock)\n"
+
+
+def test_a_flipped_byte_is_found_and_the_command_that_is_named_mends_it(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
+    toy.dvc("repro")
+    whole = toy.output("a")
+    damaged = flip_byte(toy, "a")
+    assert "up to date" in toy.dvc("status").stdout, "DVC itself does not see it"
+    done = toy.lifecycle("verify", code=3)
+    assert str(damaged.relative_to(toy.root)) in done.stdout
+    assert "data/a.txt of a" in done.stdout
+    command = done.stdout.partition("mend it:")[2].strip()
+    mended = toy.call(["sh", "-c", command], 0, {"PYTHONPATH": str(toy.root)})
+    assert "a: done" in mended.stderr
+    toy.lifecycle("verify")
+    assert toy.output("a") == whole
+
+
+def flip_byte(toy: Toy, stage: str) -> Path:
+    """Change one byte of a cached output, and nothing that DVC looks at."""
+    digest = toy.lock()["stages"][stage]["outs"][0]["md5"]
+    path = toy.root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
+    times = path.stat()
+    path.chmod(0o644)
+    contents = bytearray(path.read_bytes())
+    contents[0] ^= 1
+    path.write_bytes(contents)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    path.chmod(0o444)
+    return path
+
+
+def test_a_full_disk_costs_the_run_but_not_the_next_one(tmp_path: Path, served: str) -> None:
+    """The cache is on a small disk that is full when DVC wants to commit the output."""
+    toy = build(tmp_path / "toy", {"a": []})
+    cache = toy.root / ".dvc" / "cache"
+    cache.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(cache)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        filler = cache / "filler"
+        toy.set("a", text="long " * 2000)
+        with filler.open("wb") as file:
+            file.write(b"x" * 60_000)
+        failed = toy.lifecycle("run", code=1)
+        assert "No space left on device" in failed.stderr
+        filler.unlink()
+        toy.lifecycle("run")
+        toy.lifecycle("verify")
+        assert set(toy.lock()["stages"]) == {"a"}
+    finally:
+        subprocess.run(["umount", "--lazy", str(cache)], check=True)
+
+
 def alive(toy: Toy) -> list[int]:
     """Stage processes that still run."""
     return [pid for pid in toy.processes() if _runs(pid)]
 
 
 def _runs(pid: int) -> bool:
-    import psutil
-
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def test_lock_entries_are_those_of_dvc(tmp_path: Path) -> None:
-    """Ordering dvc.lock changes its order alone."""
-    from flows import pipeline
-
-    toy = build(tmp_path / "toy", DIAMOND, light=True)
-    toy.dvc("repro")
-    path = toy.root / "dvc.lock"
-    right = path.read_bytes()
-    lock = toy.lock()
-    lock["stages"] = dict(reversed(lock["stages"].items()))
-    path.write_text(yaml.safe_dump(lock, sort_keys=False))
-    pipeline.order_lock(toy.root, list(pipeline.read_graph(toy.root)))
-    assert path.read_bytes() == right
