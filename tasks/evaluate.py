@@ -84,6 +84,8 @@ class Params(Section):
             raise ValueError(
                 f"tuned is {self.tuned}, which is none of the variants ({', '.join(self.variants)})"
             )
+        if self.variants[self.tuned].shots:
+            raise ValueError(f"tuned is {self.tuned}, which has shots; name a variant without")
         for name in NOT_VARIANTS:
             if name in self.variants:
                 raise ValueError(f"variants: {name} is a part of the report; give the variant another name")
