@@ -10,13 +10,16 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from flows import child, processes
 from tasks.stage.errors import UserError, one_line
 from tasks.stage.files import write_text
+from tasks.stage.params import GRAPH_FILE, Section, validate
 
 LOCK_FILE = "dvc.lock"
 SECONDS_BETWEEN_TRIES = 1.0
@@ -27,19 +30,21 @@ _reading = threading.RLock()  # DVC's objects are not made for several threads
 How = Literal["ran", "restored", "unchanged"]
 
 
-@dataclass(frozen=True)
-class Meta:
-    """What a runner is told about a stage, in the stage's `meta:` in dvc.yaml; each key may be left out.
+class Meta(Section):
+    """What a runner is told about a stage, in the stage's `meta:` in dvc.yaml; each key may be left out there.
 
     `retries` after a crash, with `retry_delay` seconds before each; `timeout` in seconds; `gpu` stages run one
     at a time; `show` names the metrics that the result table prints.
     """
 
-    retries: int = 1
-    retry_delay: float = 5.0
-    timeout: float | None = None
-    gpu: bool = False
-    show: tuple[str, ...] = ()
+    retries: NonNegativeInt
+    retry_delay: NonNegativeFloat
+    timeout: PositiveFloat | None
+    gpu: bool
+    show: tuple[str, ...]
+
+
+USUAL_META: dict[str, Any] = {"retries": 1, "retry_delay": 5.0, "timeout": None, "gpu": False, "show": []}
 
 
 @dataclass(frozen=True)
@@ -249,15 +254,8 @@ def _repository(root: Path, wait: bool = False) -> Iterator[Any]:
 
 
 def _meta(name: str, found: Any) -> Meta:
-    values = dict(found or {})
-    known = {field.name for field in fields(Meta)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(
-            f"dvc.yaml: {name}: meta: unknown key {unknown[0]}; allowed: {', '.join(sorted(known))}"
-        )
-    if "show" in values:
-        values["show"] = tuple(values["show"])
-    return Meta(**values)
+    values = {**USUAL_META, **found} if isinstance(found, dict) else found or USUAL_META
+    return validate(values, f"{name}.meta", Meta, GRAPH_FILE)
 
 
 def _changes(stage: Any, recorded: bool) -> Iterator[Change]:
