@@ -44,6 +44,9 @@ def toy(params, context):
             while Path("hold").exists():
                 time.sleep(0.01)
     context.track.table("samples", [{"prompt": "a", "answer": "b"}])
+    context.track.figure("curve", Path("plot.png"))
+    context.track.artifact(Path("dvc.yaml"))
+    context.track.artifact(Path("reports"))
     context.track.dataset("train", Path("rows.jsonl"), "d" * 64, 3)
     return {"rouge": {"rouge1": 0.5}, "loss": 1 / params.steps, "why": "text"}
 
@@ -65,7 +68,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the toy stage, which is also the current one."""
     folder = tmp_path / "workspace"
     folder.mkdir()
-    for name, text in (("toy.py", TOY), ("params.yaml", PARAMS), ("dvc.yaml", GRAPH)):
+    files = {"toy.py": TOY, "params.yaml": PARAMS, "dvc.yaml": GRAPH, "plot.png": "", "reports/in/a.csv": "a"}
+    for name, text in files.items():
         write_text(folder / name, text)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MY_API_TOKEN", "planted-in-the-environment")
@@ -164,6 +168,8 @@ def test_a_pipeline_and_its_stage_are_recorded_whole(workspace: Path, mlflow_sto
         "columns": ["prompt", "answer"],
         "data": [["a", "b"]],
     }
+    kept = {file.relative_to(table.parents[1]).as_posix() for file in table.parents[1].glob("**/*.*")}
+    assert kept == {"tables/samples.json", "figures/curve.png", "dvc.yaml", "reports/in/a.csv"}
     assert spooled(workspace) == []
 
     everything = Path(mlflow_store.removeprefix("sqlite:///")).read_bytes()
@@ -264,7 +270,7 @@ def test_outputs_are_tagged_on_a_run_that_is_not_sent_yet(workspace: Path, mlflo
     assert upload().sent == [parent.id]  # the child is still being written
     child.end("FINISHED")
     assert upload().sent == [child.id]
-    assert runs(mlflow_store) == [("toy", "FINISHED"), ("lifecycle", "FINISHED")]
+    assert sorted(runs(mlflow_store)) == [("lifecycle", "FINISHED"), ("toy", "FINISHED")]
     (run_id,) = rows(mlflow_store, "select run_uuid from runs where name = 'toy'")[0]
     assert tags(mlflow_store, run_id)["dvc.out.out"] == "1"
 
@@ -374,11 +380,11 @@ class Handler(BaseHTTPRequestHandler):
             case "runs/log-batch":
                 points = {(point["key"], point["step"], point["value"]) for point in body.get("metrics", [])}
                 runs[body["run_id"]]["points"] |= points
-            case "runs/get":
-                return {"run": described(next(iter(runs.values())))}
             case "runs/update":
                 runs[body["run_id"]]["status"] = body["status"]
                 return {"run_info": {}}
+            case "runs/get":
+                return {"run": described(runs["run0"])}
         return {}
 
     def log_message(self, *_arguments: object) -> None:
@@ -386,7 +392,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def described(run: dict[str, Any]) -> dict[str, Any]:
-    return {"info": {"run_id": run["id"], "experiment_id": "1", "status": run["status"]}, "data": {}}
+    info = {"run_id": run["id"], "experiment_id": "1", "status": run["status"], "artifact_uri": "kept"}
+    return {"info": info, "data": {}}
 
 
 @pytest.fixture
@@ -404,6 +411,22 @@ def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_a_run_begun_in_a_store_that_is_gone_is_sent_whole_to_the_next(
+    workspace: Path, mlflow_store: str, server: DyingServer
+) -> None:
+    run = Recorder("toy", {})
+    run.metrics({"loss": 1.0}, step=1)
+    run.params({"rate": 1})
+    run.end("FINISHED")
+    server.requests_left = 5  # the metrics are in
+    assert upload().kept == [run.id]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+        assert upload().sent == [run.id]
+    assert runs(mlflow_store) == [("toy", "FINISHED")]
+    assert rows(mlflow_store, "select value from metrics where key = 'loss'") == [(1.0,)]
 
 
 @pytest.mark.parametrize("does_the_last", [False, True])

@@ -170,6 +170,22 @@ class Sending:
 
     def send(self) -> None:
         """Send what is there. Raises whatever MLflow raises; what was sent until then is not sent again."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._send_pending()
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._forget()  # the run was begun in another store, or is deleted there
+            self._send_pending()
+
+    def _forget(self) -> None:
+        for name in ("run_id", "sent"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.run_id, self._read, self._pending = "", 0, []
+
+    def _send_pending(self) -> None:
         self.look()
         if not self._pending:
             return
@@ -234,7 +250,8 @@ class Sending:
     def _send_file(self, client: Any, name: str) -> None:
         file = self.folder / "files" / name
         if file.is_file():
-            client.log_artifact(self.run_id, str(file), artifact_path=str(Path(name).parent))
+            folder = Path(name).parent.as_posix()
+            client.log_artifact(self.run_id, str(file), artifact_path=None if folder == "." else folder)
 
     def _announce_table(self, client: Any, name: str) -> None:
         """Tell the UI which artifacts are tables."""
