@@ -116,6 +116,25 @@ def test_texts_just_below_the_threshold_stay() -> None:
     assert 0 < len(found) < 50
 
 
+def test_what_is_near_a_removed_text_only_stays() -> None:
+    long = words(70, 0)
+    texts = [" ".join(long[start : start + 60]) for start in (0, 4, 8)]
+    assert (
+        resemblance(texts[0], texts[1])
+        == resemblance(texts[1], texts[2])
+        > 0.8
+        > resemblance(texts[0], texts[2])
+    )
+    found = near_repeats(
+        signatures(texts),
+        np.zeros(3, np.uint64),
+        np.ones(3, bool),
+        0.8,
+        lambda one, other: resemblance(texts[one], texts[other]),
+    )
+    assert found == [(1, 0)]
+
+
 def test_crossings_are_near_pairs_of_the_two_sides_only() -> None:
     base = [words(60, seed) for seed in range(30)]
     texts = [" ".join(text) for text in base] + [altered(base[7], 1, 1), altered(base[9], 1, 2), "x y z"]
