@@ -431,7 +431,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _main(folder: Path, writer: int) -> None:
-    os.nice(5)
     lock = Lock(folder / "sender")
     lock.acquire()
     with _quiet():
@@ -440,6 +439,8 @@ def _main(folder: Path, writer: int) -> None:
             sys.stdout.write(run_id)
             with suppress(Exception):  # `lifecycle upload` would say why
                 _end_killed_runs(folder.parent)
+    sys.stdout.flush()
+    os._exit(0)  # the client's libraries take most of a second to leave, and the stage waits
 
 
 def _end_killed_runs(spool: Path) -> None:
