@@ -64,9 +64,8 @@ def _preset(root: Path, name: str) -> Mapping[str, Any]:
     path = root / PRESETS / f"{name}.yaml"
     if not path.is_file():
         names = sorted(found.stem for found in (root / PRESETS).glob("*.yaml"))
-        raise ParamsError(
-            f"--preset {name}: no such preset{_nearest(name, names)}; there are {', '.join(names)}"
-        )
+        known = ", ".join(names) or "none"
+        raise ParamsError(f"--preset {name}: no such preset{_nearest(name, names)}; there are: {known}")
     return _load(path.read_text(encoding="utf-8"), f"{PRESETS}/{path.name}")
 
 

@@ -47,7 +47,9 @@ def show(entries: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("stage", "state", "why", "outputs", "MLflow run", "last run", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for column in ("stage", "state", "why", "outputs", "MLflow run", "last run"):
+        table.add_column(column, no_wrap=column in ("stage", "state", "outputs", "MLflow run"), overflow="fold")
     for entry in entries:
         hashes = "\n".join(f"{path} {digest[:8]}" for path, digest in entry["outputs"].items())
         why = "\n".join(entry["why"])
@@ -58,7 +60,7 @@ def show(entries: list[dict[str, Any]]) -> None:
             entry["state"],
             why,
             hashes,
-            (entry["mlflow_run"] or "")[:20],
+            (entry["mlflow_run"] or "")[:12],
             _last(entry),
             end_section=False,
         )

@@ -50,10 +50,11 @@ def serve(root: Path, mlflow_port: int, prefect_port: int) -> None:
 
 def _start_mlflow(root: Path, port: int) -> subprocess.Popen[bytes]:
     store = os.environ.get("MLFLOW_TRACKING_URI") or tracking.DEFAULT_STORE
-    options = ("--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port))
+    options = ("--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     with (root / ".work" / "mlflow-server.log").open("wb") as output:
         return subprocess.Popen(
             child.command("mlflow", "ui", *options),
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

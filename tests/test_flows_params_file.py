@@ -143,7 +143,7 @@ def test_what_is_wrong_is_told_in_one_line_and_not_written(setting: str, message
 def test_an_unknown_preset_names_those_that_exist(root: Path) -> None:
     (root / "presets" / "small.yaml").write_text("seed: 2\n")
     with pytest.raises(
-        ParamsError, match="--preset smal: no such preset; did you mean small\\?; there are small"
+        ParamsError, match="--preset smal: no such preset; did you mean small\\?; there are: small"
     ):
         change(root, presets=["smal"])
     (root / "presets" / "small.yaml").write_text("seed: [2\n")
