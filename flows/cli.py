@@ -141,7 +141,7 @@ def _run(
     from flows import pipeline
     from flows.run import plan
     from tasks.stage.errors import say
-    from tasks.stage.params import check_all
+    from tasks.stage.params import PARAMS_FILE, check_all, read_yaml
 
     if settings or presets:
         from flows import params_file
@@ -150,6 +150,7 @@ def _run(
             say(f"params.yaml: {line}")
     for line in pipeline.mend(root):
         say(line)
+    read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
     planned = plan(root, stages, force, jobs)
     if planned.due:
         check_all()

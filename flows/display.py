@@ -89,7 +89,7 @@ class Bars:
         )
         self._whole = self._progress.add_task("[bold]pipeline", total=len(run.results), figures="")
         self._bars: dict[str, TaskID] = {}
-        self._told: set[str] = set()
+        self._told: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -109,8 +109,8 @@ class Bars:
             elif result.stage in self._bars:
                 self._progress.remove_task(self._bars.pop(result.stage))
         for result in settled:
-            if result.stage not in self._told:
-                self._told.add(result.stage)
+            if self._told.get(result.stage) != result.state:
+                self._told[result.stage] = result.state
                 self._progress.console.print(_state_line(result), markup=False, soft_wrap=True)
 
     def _show_bar(self, result: Result) -> None:

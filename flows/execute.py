@@ -2,7 +2,7 @@
 
 import logging
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from flows import server
 from flows.display import Display
@@ -23,30 +23,31 @@ def execute(run: Run, display: Display) -> bool:
     The flow runs in a thread of its own, so that Ctrl-C reaches us here: the first stops the stages, which save
     their checkpoints, a second one kills them.
     """
-    recorded = [True]
-
-    def work() -> None:
-        try:
-            _with_server(run)
-        except Exception as error:  # Prefect's own trouble: a stage's failure is in its result
-            recorded[0] = False
-            if not run.stop.is_set():
-                say(f"warning: Prefect lost the record of this run ({one_line(error)[:120]}); the work goes on")
-        run.settle_rest()
-
-    thread = threading.Thread(target=work, name="flow", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="flow")
+    recorded = thread.submit(_work, run)
     with display:
-        while thread.is_alive():
+        while not recorded.done():
             try:
-                thread.join(SECONDS_BETWEEN_LOOKS)
+                wait([recorded], SECONDS_BETWEEN_LOOKS)
                 display.refresh()
             except KeyboardInterrupt:
                 if run.stop.is_set():
                     raise
                 run.stop.set()
                 say("stopping: the running stages save their checkpoints (Ctrl-C again kills them)")
-    return recorded[0]
+    return recorded.result()
+
+
+def _work(run: Run) -> bool:
+    recorded = True
+    try:
+        _with_server(run)
+    except Exception as error:  # Prefect's own trouble: a stage's failure is in its result
+        recorded = False
+        if not run.stop.is_set():
+            say(f"warning: Prefect lost the record of this run ({one_line(error)[:120]}); the work goes on")
+    run.settle_rest()
+    return recorded
 
 
 def _with_server(run: Run) -> None:

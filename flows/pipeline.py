@@ -9,10 +9,11 @@ import contextlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -23,11 +24,14 @@ from tasks.stage.params import GRAPH_FILE, Section, validate
 
 LOCK_FILE = "dvc.lock"
 SECONDS_BETWEEN_TRIES = 1.0
+SECONDS_BETWEEN_READS = 0.1
+TIMES_TO_READ = 4
 TRY_AGAIN = 75
 NO_RETRY = {2, 3, 130, 143}  # wrong use, params or data · a gate said no · interrupted
 _reading = threading.RLock()  # DVC's objects are not made for several threads
 
 How = Literal["ran", "restored", "unchanged"]
+T = TypeVar("T")
 
 
 class Meta(Section):
@@ -100,29 +104,18 @@ def read_graph(root: Path) -> dict[str, Stage]:
 
     Raises UserError when dvc.yaml is wrong.
     """
-    with _repository(root) as repository:
-        from dvc.repo.reproduce import get_active_graph, plan_repro
-
-        graph = get_active_graph(repository.index.graph)
-        return {
-            found.name: Stage(
-                name=found.name,
-                command=found.cmd if isinstance(found.cmd, str) else "\n".join(found.cmd),
-                parents=tuple(sorted(parent.name for parent in graph.successors(found) if parent.cmd)),
-                outputs=tuple(output.def_path for output in found.outs),
-                meta=_meta(found.name, found.meta),
-            )
-            for found in plan_repro(graph)
-            if found.cmd
-        }
+    return _read(root, _graph)
 
 
 def changes(root: Path, names: Sequence[str]) -> dict[str, tuple[Change, ...]]:
     """Why each of the stages would run if it were asked now; nothing for one that is up to date."""
-    with _repository(root) as repository:
+
+    def look(repository: Any) -> dict[str, tuple[Change, ...]]:
         found = {stage.name: stage for stage in repository.index.stages if stage.cmd}
-        recorded = _recorded(root)
+        recorded = _recorded(repository)
         return {name: tuple(_changes(found[name], name in recorded)) for name in names}
+
+    return _read(root, look)
 
 
 def run_stage(
@@ -161,7 +154,7 @@ def run_stage(
         if status == 0:
             return _how(output)
         after = exit_record(root, name)
-        if after != before:
+        if after != before and after["exit_code"] != 0:
             raise StageError(name, after["exit_code"], after["message"], log)
         blocker = _lock_trouble(output)
         if blocker is None:
@@ -185,14 +178,13 @@ def recorded_outputs(root: Path) -> dict[str, list[tuple[str, str]]]:
     """(path, hash) of each output of each stage, as in dvc.lock."""
     return {
         name: [(output["path"], output["md5"]) for output in entry.get("outs", []) if "md5" in output]
-        for name, entry in _recorded(root).items()
+        for name, entry in _read(root, _recorded).items()
     }
 
 
 def cache_folder(root: Path) -> Path:
     """Where DVC keeps the contents of outputs, by their hash."""
-    with _repository(root) as repository:
-        return Path(repository.cache.local.path)
+    return Path(_read(root, lambda repository: repository.cache.local.path))
 
 
 def order_lock(root: Path, names: Sequence[str]) -> None:
@@ -201,8 +193,8 @@ def order_lock(root: Path, names: Sequence[str]) -> None:
 
     path = root / LOCK_FILE
     with _repository(root, wait=True) as repository, repository.lock:
-        if not path.exists():
-            return
+        if not path.exists() or _lock_fault(path):
+            return  # `mend` sees to it when the next run starts
         text = path.read_text(encoding="utf-8")
         data = parse_yaml_for_update(text, str(path))
         place = {name: number for number, name in enumerate(names)}
@@ -234,6 +226,35 @@ def mend(root: Path) -> list[str]:
             path.rename(path.with_suffix(".lock.broken"))
             done.append(f"{LOCK_FILE} cannot be read ({fault}): moved to {LOCK_FILE}.broken and written anew")
     return done
+
+
+def _read(root: Path, look: Callable[[Any], T]) -> T:
+    """What `look` finds in the repository. DVC rewrites dvc.lock in place: what is cut short is read again."""
+    for _ in range(TIMES_TO_READ - 1):
+        try:
+            with _repository(root) as repository:
+                return look(repository)
+        except UserError:
+            time.sleep(SECONDS_BETWEEN_READS)
+    with _repository(root) as repository:
+        return look(repository)
+
+
+def _graph(repository: Any) -> dict[str, Stage]:
+    from dvc.repo.reproduce import get_active_graph, plan_repro
+
+    graph = get_active_graph(repository.index.graph)
+    return {
+        found.name: Stage(
+            name=found.name,
+            command=found.cmd if isinstance(found.cmd, str) else "\n".join(found.cmd),
+            parents=tuple(sorted(parent.name for parent in graph.successors(found) if parent.cmd)),
+            outputs=tuple(output.def_path for output in found.outs),
+            meta=_meta(found.name, found.meta),
+        )
+        for found in plan_repro(graph)
+        if found.cmd
+    }
 
 
 @contextlib.contextmanager
@@ -309,11 +330,11 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _recorded(root: Path) -> dict[str, dict[str, Any]]:
+def _recorded(repository: Any) -> dict[str, dict[str, Any]]:
     """The entries of dvc.lock."""
     from dvc.utils.serialize import load_yaml
 
-    path = root / LOCK_FILE
+    path = Path(repository.root_dir, LOCK_FILE)
     if not path.exists():
         return {}
     return dict((load_yaml(str(path)) or {}).get("stages", {}))

@@ -3,6 +3,7 @@
 It knows nothing of Prefect: the flow decides when a stage's turn comes, and asks for it here.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
 from tasks.stage import tracking
-from tasks.stage.errors import UserError, say
+from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
 from tasks.stage.recorder import Recorder, Status
 
@@ -84,7 +85,7 @@ class Run:
             return INTERRUPTED
         failed = [result.code for result in self.results.values() if result.state == "failed"]
         if not failed:
-            return 0
+            return 0 if all(result.state in GOOD for result in self.results.values()) else 1
         return failed[0] if failed[0] in {2, 3, pipeline.TRY_AGAIN} else 1
 
     def record(self) -> None:
@@ -97,17 +98,26 @@ class Run:
         """Bring one stage up to date; its parents are.
 
         A stage that is up to date starts no process. Raises StageError when it fails, Stopped when the run is
-        being stopped.
+        being stopped; either way the result says so.
         """
         result = self.results[name]
-        if self.stop.is_set():
+        try:
+            if self.stop.is_set():
+                raise Stopped
+            if self._up_to_date(name):
+                result.state = "cached"
+            else:
+                with self._gpu if self.stages[name].meta.gpu else self._cpu:
+                    result.state = self._reproduce(name, result)
+        except Stopped:
             result.state = "stopped"
-            raise Stopped
-        if self._up_to_date(name):
-            result.state = "cached"
-        else:
-            with self._gpu if self.stages[name].meta.gpu else self._cpu:
-                self._reproduce(name, result)
+            raise
+        except StageError as error:
+            self._fail(result, error.code, error.message, error.log)
+            raise
+        except Exception as error:
+            self._fail(result, exit_code(error), one_line(error))
+            raise
         if self.parent is not None:
             self._record(name, self.parent, result)
         return result
@@ -117,10 +127,8 @@ class Run:
         for name, stage in self.stages.items():
             ready = all(self.results[parent].state in GOOD for parent in self._parents(stage))
             if ready and self.results[name].state == "waiting":
-                try:
+                with contextlib.suppress(Exception):  # told in its result
                     self.settle(name)
-                except (StageError, Stopped):
-                    continue  # told in its result
 
     def close(self) -> None:
         """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would."""
@@ -138,7 +146,10 @@ class Run:
         # a parent may have made the same outputs again
         return name not in self.due or not pipeline.changes(self.root, [name])[name]
 
-    def _reproduce(self, name: str, result: Result) -> None:
+    def _fail(self, result: Result, code: int, message: str, log: Path | None = None) -> None:
+        result.state, result.code, result.message, result.log = "failed", code, message, log
+
+    def _reproduce(self, name: str, result: Result) -> State:
         result.state, result.attempts = "running", result.attempts + 1
         started = time.monotonic()
         try:
@@ -151,18 +162,7 @@ class Run:
                 stop=self.stop,
                 tell=say,
             )
-            result.state = STATES[how]
-        except StageError as error:
-            result.state, result.code, result.message, result.log = (
-                "failed",
-                error.code,
-                error.message,
-                error.log,
-            )
-            raise
-        except Stopped:
-            result.state = "stopped"
-            raise
+            return STATES[how]
         finally:
             result.seconds += time.monotonic() - started
 
