@@ -3,6 +3,7 @@
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import ModuleType
 
 from flows import server
 from flows.display import Display
@@ -56,16 +57,17 @@ def _with_server(run: Run) -> None:
         say(f"warning: the Prefect server {url} does not answer; a temporary one records this run")
         url = None
     if url is not None:
-        _flow(run, url)
+        _import_flow(url).start(run)
         return
-    with server.temporary(run.root) as url:
-        _flow(run, url)
+    with server.temporary(run.root) as (url, process):
+        flow = _import_flow(url)  # takes as long as a server takes to start
+        server.await_start(url, process, run.stop)
+        flow.start(run)
 
 
-def _flow(run: Run, url: str) -> None:
+def _import_flow(url: str) -> ModuleType:
     os.environ.update({**PREFECT, **os.environ, "PREFECT_API_URL": url})
     logging.raiseExceptions = False  # log lines that a dead server does not take are no news
-    from flows import lifecycle  # takes as long as a server takes to start
+    from flows import lifecycle
 
-    server.await_start(url, run.stop)
-    lifecycle.start(run)
+    return lifecycle

@@ -50,12 +50,12 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def temporary(root: Path) -> Iterator[str]:
-    """Run a server as long as the block lasts. The address comes before the server is up: see `await_start`."""
+def temporary(root: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server as long as the block lasts. It gets address and process before the server is up."""
     port = free_port()
     process = start(root, port, "--no-ui")
     try:
-        yield f"http://127.0.0.1:{port}/api"
+        yield f"http://127.0.0.1:{port}/api", process
     finally:
         end_group(process, seconds=5)
 
@@ -74,13 +74,17 @@ def start(root: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
         )
 
 
-def await_start(url: str, stop: Event, seconds: float = SECONDS_TO_START) -> None:
-    """Wait until the server at `url` is up.
+def await_start(
+    url: str, process: subprocess.Popen[bytes], stop: Event, seconds: float = SECONDS_TO_START
+) -> None:
+    """Wait until the server `process` answers at `url`.
 
-    Raises TryAgain when it is not after `seconds`, Stopped once `stop` is set.
+    Raises TryAgain when it has ended or does not answer after `seconds`, Stopped once `stop` is set.
     """
     end = time.monotonic() + seconds
     while not answers(url):
+        if process.poll() is not None:
+            raise TryAgain("the Prefect server ended while it started: see .work/prefect-server.log")
         if time.monotonic() > end:
             raise TryAgain(
                 f"the Prefect server at {url} did not start in {seconds:g} s (.work/prefect-server.log)"

@@ -27,12 +27,13 @@ def serve(root: Path, mlflow_port: int, prefect_port: int) -> None:
         if not server.is_free(port):
             raise UserError(f"port {port} is in use: choose another with {option}")
     note = server.note_path(root)
-    processes = [server.start(root, prefect_port), _start_mlflow(root, mlflow_port)]
+    prefect = server.start(root, prefect_port)
+    processes = [prefect, _start_mlflow(root, mlflow_port)]
     try:
         say("starting (some ten seconds) …")
         prefect_url = f"http://127.0.0.1:{prefect_port}"
         mlflow_url = f"http://127.0.0.1:{mlflow_port}"
-        server.await_start(f"{prefect_url}/api", Event())
+        server.await_start(f"{prefect_url}/api", prefect, Event())
         note.write_text(f"{prefect_url}/api", encoding="utf-8")
         _await_mlflow(mlflow_url)
         sys.stdout.write(f"MLflow   {mlflow_url}\nPrefect  {prefect_url}\nCtrl-C ends both\n")

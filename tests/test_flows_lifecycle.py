@@ -47,7 +47,7 @@ class start_server:  # noqa: N801 - used as a function
             patch.setenv("PREFECT_HOME", str(self.home))
             self.process = server.start(self.folder, port, "--no-ui")
         url = f"http://127.0.0.1:{port}/api"
-        server.await_start(url, Event())
+        server.await_start(url, self.process, Event())
         return url
 
     def __exit__(self, *_: object) -> None:
@@ -282,6 +282,15 @@ def test_a_prefect_server_that_is_down_costs_a_line(tmp_path: Path, monkeypatch:
     done = toy.lifecycle("run")
     assert toy.output("a") == "a"
     assert done.stderr.count("does not answer") == 1
+
+
+def test_without_any_prefect_the_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "file"))  # no folder: no server can start
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
+    done = toy.lifecycle("run")
+    assert toy.output("b") == "ba"
+    assert done.stderr.count("Prefect lost the record of this run") == 1
 
 
 def test_a_prefect_server_that_dies_takes_only_its_record_along(
