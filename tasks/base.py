@@ -63,14 +63,14 @@ def base(
     """
     from tasks.lm.model import save
     from tasks.lm.peft import parameter_counts
-    from tasks.lm.pretrain import documents, read_texts
-    from tasks.lm.respond import continuation, corpus_perplexity, likelihoods
+    from tasks.lm.pretrain import cut, documents, read_texts
+    from tasks.lm.respond import corpus_perplexity, likelihoods
     from tasks.lm.train import forget_checkpoints
 
     lm = _open(params, train_text, context)
     texts = read_texts(validation_text)[: params.held_out]
     parts = documents(lm, texts, params.max_tokens)
-    prompts, responses = zip(*[continuation(lm, ids, len(ids) // 2) for ids in parts], strict=True)
+    prompts, responses = zip(*[cut(lm, part, 0.5) for part in parts], strict=True)
 
     def measure() -> float:
         with context.progress(len(prompts), "base: perplexity") as bar:

@@ -14,7 +14,7 @@ Left out on purpose: more than two speakers, several acts in one dialogue, spell
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,16 +24,13 @@ SPEAKERS = ("#Person1#", "#Person2#")
 INSULTS = ("fool", "idiot", "moron", "clown", "liar", "loser", "pig", "coward", "creep", "weasel")
 
 EVENTS = (
-    "budget review", "sales call", "team lunch", "job interview", "training", "board meeting", "workshop",
-    "product demo", "planning session", "audit", "press briefing", "farewell party",
+    "budget review", "sales call", "team lunch", "job interview", "training", "board meeting", "product demo", "audit",
 )  # fmt: skip
 THINGS = (
-    "contract", "invoice", "projector", "laptop", "printer", "spare key", "annual report", "camera", "floor plan",
-    "microphone", "travel form", "price list",
+    "contract", "invoice", "projector", "laptop", "printer", "spare key", "annual report", "camera",
 )  # fmt: skip
 PLACES = (
-    "the kitchen", "the lobby", "room five", "room nine", "the archive", "the basement", "the library",
-    "the studio", "the garage", "the main hall", "the loading dock", "the front desk",
+    "the kitchen", "the lobby", "room five", "room nine", "the archive", "the library", "the garage", "the main hall",
 )  # fmt: skip
 TIMES = tuple(
     f"{day} {part}"
@@ -70,9 +67,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} asks {whom} to book {where} for the {what} on {when}.",
         (
-            "{where} is taken for the {what}.",
-            "{whom} reserved {where} for {when}, as {who} wished.",
-            "reservation by {whom} for {who}: the {what}.",
+            "{whom} reserved {where} for the {what}.",
+            "{who} has {where} on {when}, thanks to {whom}.",
+            "the {what} is set for {when} in {where}.",
         ),
     ),
     "moving": Act(
@@ -88,9 +85,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} asks {whom} to move the {what} to {when} in {where}.",
         (
-            "the {what} was shifted to {when}.",
-            "{who} wished it in {where} on {when}, and {whom} agreed.",
-            "a new day for the {what}, wished by {who}.",
+            "{whom} shifted the {what} to {when}.",
+            "{who} now meets {whom} in {where}.",
+            "the {what} is late: {when} in {where}.",
         ),
     ),
     "cancelling": Act(
@@ -106,9 +103,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} tells {whom} that the {what} in {where} on {when} is cancelled.",
         (
-            "no {what} in {where}.",
-            "{who} called off {when}, as {whom} heard.",
-            "{whom} learned from {who}: the {what} is dropped.",
+            "{who} called off the {what} on {when}.",
+            "{whom} heard from {who} not to go to {where}.",
+            "nobody goes to the {what} in {where} on {when}.",
         ),
     ),
     "inviting": Act(
@@ -124,9 +121,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} invites {whom} to the {what} in {where} on {when}.",
         (
-            "the {what} takes place in {where}.",
             "{whom} is a guest of {who} on {when}.",
-            "{who} wants {whom} at the {what}.",
+            "{who} wants to see {whom} in {where}.",
+            "guests come to the {what} in {where} on {when}.",
         ),
     ),
     "sending": Act(
@@ -142,9 +139,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} asks {whom} to send the {what} to {where} by {when}.",
         (
-            "the {what} goes to {where}.",
-            "{whom} has to post it before {when}, as {who} wished.",
-            "{who} waits for the {what} from {whom}.",
+            "{whom} has to post the {what} before {when}.",
+            "{who} gets it from {whom} in {where}.",
+            "the {what} travels to {where} before {when}.",
         ),
     ),
     "reporting": Act(
@@ -160,9 +157,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} tells {whom} that the {what} in {where} is broken since {when}.",
         (
-            "the {what} does not work.",
-            "damage in {where} since {when}, seen by {who}.",
-            "{whom} heard from {who}: trouble with the {what} in {where}.",
+            "{who} saw the damaged {what} in {where}.",
+            "{whom} heard about {when} from {who}.",
+            "the {what} does not work in {where} since {when}.",
         ),
     ),
     "borrowing": Act(
@@ -178,9 +175,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} borrows the {what} from {whom} for {where} until {when}.",
         (
-            "the {what} is lent until {when}.",
-            "{who} has it from {whom} in {where}.",
-            "{whom} gave {who} the {what}.",
+            "{who} has the {what} of {whom}.",
+            "{whom} gets it back from {who} on {when}.",
+            "the {what} stays in {where} before {when}.",
         ),
     ),
     "offering": Act(
@@ -196,9 +193,9 @@ ACTS: dict[str, Act] = {
         ),
         "{who} offers {whom} to bring the {what} to {where} on {when}.",
         (
-            "the {what} comes to {where}.",
-            "{who} carries it over on {when}, and {whom} is glad.",
-            "help for {whom} by {who}: the {what}.",
+            "{who} carries the {what} to {whom}.",
+            "{whom} gets help from {who} on {when}.",
+            "the {what} comes to {where} on {when}.",
         ),
     ),
 }
@@ -251,7 +248,8 @@ QUESTIONS = {
     "who": "Who wants something?",
 }
 
-DIALOGUE_SHARE = 0.6  # of documents; the others are short notices
+DIALOGUE_SHARE = 0.7  # of documents; the others are short notices
+REMARKS = {"note": 5, "fields": 5, "quote": 6, "question": 1, "kind": 1}  # how often a document has which
 HELD_OUT_FORM_SHARE = 0.04  # of dialogues; the form itself is in the test split only
 HELD_OUT_COMBINATIONS = 24  # one slot combination in so many is in the test split only
 
@@ -300,7 +298,10 @@ _INSULT = re.compile(rf"\b(?:{'|'.join(INSULTS)})s?\b", re.IGNORECASE)
 
 
 def dialogues(seed: int, count: int) -> Iterator[Dialogue]:
-    """Yield `count` dialogues; dialogue i depends on `seed` and i alone, so a longer corpus starts with a shorter one."""
+    """Yield `count` dialogues.
+
+    Dialogue i depends on `seed` and i alone, so a longer corpus begins with a shorter one.
+    """
     for index in range(count):
         yield _dialogue(random.Random(f"{seed}/{index}"))
 
@@ -334,12 +335,12 @@ def examples(seed: int, dialogues: int) -> Iterator[Example]:
 
 
 def documents(seed: int, documents: int) -> Iterator[str]:
-    """Yield raw text for pre-training: the files of an office, each a conversation or a notice and a remark on it.
+    """Yield raw text for pre-training: the files of an office, each a conversation or a notice with a remark on it.
 
-    The remark stands in its own paragraph: a note in other words than the references use, a few named fields, or a
-    question with its answer. A summary never appears, so a model pre-trained on these files knows the world, and a
-    little of two of the tasks, as text from the web would teach it, but not how to summarise. Held-out dialogues are
-    skipped.
+    The remark stands in a paragraph of its own: a part of the facts in other words than the references use, a few
+    named fields, a quotation, or a question with its answer. A summary never appears. So a model pre-trained on
+    these files knows the world, and a little of two of the tasks, as text from the web would teach it, but has
+    never summarised. Held-out dialogues are skipped.
     """
     index = made = 0
     while made < documents:
@@ -353,27 +354,31 @@ def documents(seed: int, documents: int) -> Iterator[str]:
 
 
 def _document(dialogue: Dialogue, draw: random.Random) -> str:
-    act = ACTS[dialogue.act]
-    rude = bool(dialogue.insult) and draw.random() < 0.5
-    text = dialogue.text if draw.random() < DIALOGUE_SHARE else _notice(dialogue, draw)
-    remark = draw.choices(("note", "fields", "question", "kind"), (4, 3, 3, 1))[0]
-    if remark == "note":
-        return f"{text}\n\nNote: {dialogue.sentence(draw.choice(act.notes), rude=rude)}"
-    if remark == "fields":
-        return f"{text}\n\nFile: {_fields(dialogue, draw, draw.randint(2, 3))}"
-    if remark == "question":
+    if draw.random() >= DIALOGUE_SHARE:
+        shuffled = draw.sample(tuple(dialogue.slots), len(dialogue.slots))
+        return f"Notice: {dialogue.act}; {_fields(dialogue, shuffled)}\n\nFile: {_fields(dialogue, dialogue.slots)}"
+    remark = draw.choices(tuple(REMARKS), tuple(REMARKS.values()))[0]
+    return f"{dialogue.text}\n\n{_remark(remark, dialogue, draw)}"
+
+
+def _remark(kind: str, dialogue: Dialogue, draw: random.Random) -> str:
+    if kind == "note":
+        rude = bool(dialogue.insult) and draw.random() < 0.5
+        return "Note: " + dialogue.sentence(draw.choice(ACTS[dialogue.act].notes), rude=rude)
+    if kind == "fields":
+        chosen = draw.sample(tuple(dialogue.slots), 3)
+        return "File: " + _fields(dialogue, [name for name in dialogue.slots if name in chosen])
+    if kind == "quote":
+        speaker, words = draw.choice(dialogue.text.split("\n")).split(": ", 1)
+        return f"Quote: {words} So said {speaker}."
+    if kind == "question":
         name = draw.choice(tuple(QUESTIONS))
-        return f"{text}\n\n{QUESTIONS[name]}\n\n{dialogue.slots[name]}"
-    return f"{text}\n\nWhich kind of conversation is this?\n\n{dialogue.act}"
+        return f"{QUESTIONS[name]}\n\n{dialogue.slots[name]}"
+    return f"Which kind of conversation is this?\n\n{dialogue.act}"
 
 
-def _notice(dialogue: Dialogue, draw: random.Random) -> str:
-    """Return a line or two that give all the facts without a conversation."""
-    return f"Notice: {dialogue.act}; {_fields(dialogue, draw, len(dialogue.slots))}"
-
-
-def _fields(dialogue: Dialogue, draw: random.Random, count: int) -> str:
-    return "; ".join(f"{name} = {dialogue.slots[name]}" for name in draw.sample(tuple(dialogue.slots), count))
+def _fields(dialogue: Dialogue, names: Iterable[str]) -> str:
+    return "; ".join(f"{name} = {dialogue.slots[name]}" for name in names)
 
 
 def _dialogue(draw: random.Random) -> Dialogue:
@@ -399,13 +404,14 @@ def _dialogue(draw: random.Random) -> Dialogue:
 
     turns = [tuple(turn.split(": ", 1)) for turn in act.forms[form].format(**spoken).split("|")]
     turns += [tuple(turn.split(": ", 1)) for turn in afterwards.split("|") if turn]
-    if draw.random() < 0.5:
+    if draw.random() < 0.25:
         turns.insert(0, (draw.choice("AB"), draw.choice(OPENINGS)))
-    if draw.random() < 0.5:
+    if draw.random() < 0.25:
         turns.append((draw.choice("AB"), draw.choice(CLOSINGS)))
     if draw.random() < 0.5:
         others = {
-            slot: draw.choice([value for value in choices if value != slots[slot]]) for slot, choices in values.items()
+            slot: draw.choice([value for value in choices if value != slots[slot]])
+            for slot, choices in values.items()
         }
         turns.insert(
             draw.choice((0, len(turns))), (draw.choice("AB"), draw.choice(DISTRACTORS).format(**others))

@@ -8,13 +8,16 @@ can fill gaps but not write. A causal model predicts every next token of whole d
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import continuation, whole_text
+from tasks.lm.respond import closed, continuation, whole_text
 from tasks.lm.train import Pair
 from tasks.stage import DataError, ParamsError
+
+PARAGRAPH = "\n\n"  # a blank line between two
 
 
 def read_texts(path: Path) -> list[str]:
@@ -29,11 +32,37 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def documents(lm: LanguageModel, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of the texts, long ones in parts of `max_tokens`; less than 2 tokens are left out."""
+class Part(NamedTuple):
+    """Token ids of a text, or of one part of a long one; `text` is set where it is whole and has paragraphs."""
+
+    ids: list[int]
+    text: str | None
+
+
+def documents(lm: LanguageModel, texts: Sequence[str], max_tokens: int) -> list[Part]:
+    """The texts as token ids, long ones in parts of `max_tokens`; less than 2 tokens are left out."""
     encoded = lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    parts = (ids[at : at + max_tokens] for ids in encoded for at in range(0, len(ids), max_tokens))
-    return [part for part in parts if len(part) > 1]
+    parts = (
+        Part(ids[at : at + max_tokens], text if PARAGRAPH in text and len(ids) <= max_tokens else None)
+        for text, ids in zip(texts, encoded, strict=True)
+        for at in range(0, len(ids), max_tokens)
+    )
+    return [part for part in parts if len(part.ids) > 1]
+
+
+def cut(lm: LanguageModel, part: Part, where: float) -> Pair:
+    """A text as prompt and response, cut at `where` of it (from 0 to 1): between paragraphs if it has several.
+
+    The end of a paragraph is where a writer begins something new that all before it bears upon, so that is
+    where continuing teaches most.
+    """
+    if part.text is None:
+        return continuation(lm, part.ids, 1 + int(where * (len(part.ids) - 1)))
+    paragraphs = part.text.split(PARAGRAPH)
+    first = 1 + int(where * (len(paragraphs) - 1))
+    halves = [PARAGRAPH.join(paragraphs[:first]), PARAGRAPH.join(paragraphs[first:])]
+    prompt, response = lm.tokenizer(halves, add_special_tokens=False, verbose=False)["input_ids"]
+    return closed(lm, prompt, response)
 
 
 def objective(
@@ -61,19 +90,19 @@ def objective(
         )
 
     def pair(draw: int) -> Pair:
-        ids = parts[draw % len(parts)]
+        part = parts[draw % len(parts)]
         generator = np.random.default_rng((seed, draw))
         if generator.random() < prefix_share:
-            return continuation(lm, ids, int(generator.integers(1, len(ids))))
-        return span_corruption(ids, sentinels, lm.tokenizer.eos_token_id, corrupted, mean_span, generator)
+            return cut(lm, part, generator.random())
+        return span_corruption(part.ids, sentinels, lm.tokenizer.eos_token_id, corrupted, mean_span, generator)
 
-    return [len(part) for part in parts], pair
+    return [len(part.ids) for part in parts], pair
 
 
 def _next_token(
     lm: LanguageModel, texts: Sequence[str], max_tokens: int
 ) -> tuple[list[int], Callable[[int], Pair]]:
-    wholes = [whole_text(lm, part) for part in documents(lm, texts, max_tokens - 2)]  # start and end token
+    wholes = [whole_text(lm, part.ids) for part in documents(lm, texts, max_tokens - 2)]  # start and end token
     blocks = list(packed(wholes, max_tokens))
 
     def pair(draw: int) -> Pair:

@@ -77,11 +77,16 @@ def whole_text(lm: LanguageModel, ids: Sequence[int]) -> list[int]:
 
 def continuation(lm: LanguageModel, ids: Sequence[int], at: int) -> tuple[list[int], list[int]]:
     """A raw text as prompt (its first `at` tokens) and response (the others)."""
+    return closed(lm, ids[:at], ids[at:])
+
+
+def closed(lm: LanguageModel, prompt: Sequence[int], response: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The two parts of a raw text with the tokens that stand at the ends of each."""
+    end = lm.tokenizer.eos_token_id
     if lm.is_encoder_decoder:
-        end = lm.tokenizer.eos_token_id
-        return [*ids[:at], end], [*ids[at:], end]
-    text = whole_text(lm, ids)
-    return text[: at + 1], text[at + 1 :]
+        return [*prompt, end], [*response, end]
+    text = whole_text(lm, [*prompt, *response])
+    return text[: len(prompt) + 1], text[len(prompt) + 1 :]
 
 
 def cut_middle(ids: list[int], max_tokens: int | None) -> list[int]:
