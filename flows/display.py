@@ -139,7 +139,7 @@ def show_result(run: Run, console: Console) -> None:
     console.print(table)
     if variants := variant_rows(metrics(run.root, "evaluate")):
         console.print()
-        console.print(_variants(variants))
+        console.print(variants_table(variants))
 
 
 def show_failures(run: Run, console: Console) -> None:
@@ -178,7 +178,8 @@ def _state_line(result: Result) -> str:
     return f"{result.stage}: {result.state}"
 
 
-def _variants(rows: list[dict[str, str]]) -> Table:
+def variants_table(rows: list[dict[str, str]]) -> Table:
+    """The rows of `report.variant_rows`, numbers to the right."""
     table = Table(box=None, header_style="bold")
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "variant" else "right")

@@ -5,15 +5,15 @@ from typing import Any
 
 from flows.run import Run, metrics
 
-VARIANT_COLUMNS = (
-    "rougeL",
-    "bleu",
-    "exact_match",
-    "slot_f1",
-    "perplexity",
-    "toxicity_rate",
-    "length_ratio",
-)
+VARIANT_COLUMNS = {
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "exact_match": "exact",
+    "slot_f1": "slot-F1",
+    "perplexity": "ppl",
+    "toxicity_rate": "toxic",
+    "length_ratio": "length",
+}
 METRICS_SHOWN = 3  # of a stage whose `meta: show` names none
 
 
@@ -31,16 +31,23 @@ def as_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def variant_rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row a variant of metrics/evaluate.json, then one a text baseline, with the columns that are there."""
+    """One row a variant of metrics/evaluate.json, then one a text baseline, with the columns that are there.
+
+    A variant is what has scores of its own: the other parts of that file hold scores one level deeper, or none.
+    """
     baselines = evaluation.get("baselines", {})
-    found = {name: scores for name, scores in evaluation.items() if name != "baselines"} | dict(baselines)
-    scored = {name: scores for name, scores in found.items() if isinstance(scores, Mapping)}
-    columns = [column for column in VARIANT_COLUMNS if any(column in scores for scores in scored.values())]
-    if not columns:
-        return []
+    found = {
+        name: scores
+        for name, scores in [*evaluation.items(), *baselines.items()]
+        if isinstance(scores, Mapping) and scores.keys() & VARIANT_COLUMNS
+    }
+    columns = [column for column in VARIANT_COLUMNS if any(column in scores for scores in found.values())]
     return [
-        {"variant": name, **{column: _number(scores.get(column, "")) for column in columns}}
-        for name, scores in scored.items()
+        {
+            "variant": name,
+            **{VARIANT_COLUMNS[each]: f"{scores[each]:.3f}" if each in scores else "" for each in columns},
+        }
+        for name, scores in found.items()
     ]
 
 

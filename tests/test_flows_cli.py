@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one line for each fault, JSON for scripts, and the UIs."""
 
+import io
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 from toy import Toy, build
 
-from flows import server
+from flows import display, server
 from flows.report import variant_rows
 
 
@@ -160,18 +162,32 @@ def test_the_server_of_a_profile_is_used(tmp_path: Path, monkeypatch: pytest.Mon
     assert server.configured(tmp_path) == "http://other.example/api"
 
 
-def test_the_table_of_variants_has_baselines_last_and_only_columns_that_exist() -> None:
+def test_the_table_of_variants_has_baselines_last_and_nothing_else() -> None:
+    scores = {"rougeL": 0.6, "slot_f1": 1}
     evaluation = {
-        "baselines": {"lead_1": {"rougeL": 0.25}},
+        "about": {"examples": 400, "task": "summarize"},
         "base": {"rougeL": 0.1234567, "slot_f1": 0.5, "rougeL_low": 0.1},
-        "finetune": {"rougeL": 0.6, "slot_f1": 1},
+        "baselines": {"lead_1": {"rougeL": 0.25}},
+        "decoding": {"greedy": scores},
+        "differences": {"base": scores},
+        "finetune": scores,
+        "splits": {"finetune": {"seen": scores}},
+        "tasks": {"finetune": {"act": scores}},
     }
     assert variant_rows(evaluation) == [
-        {"variant": "base", "rougeL": "0.1235", "slot_f1": "0.5"},
-        {"variant": "finetune", "rougeL": "0.6", "slot_f1": "1"},
-        {"variant": "lead_1", "rougeL": "0.25", "slot_f1": ""},
+        {"variant": "base", "ROUGE-L": "0.123", "slot-F1": "0.500"},
+        {"variant": "finetune", "ROUGE-L": "0.600", "slot-F1": "1.000"},
+        {"variant": "lead_1", "ROUGE-L": "0.250", "slot-F1": ""},
     ]
     assert variant_rows({}) == []
+
+
+def test_the_table_of_variants_fits_a_terminal() -> None:
+    names = ("rougeL", "bleu", "exact_match", "slot_f1", "perplexity", "toxicity_rate", "length_ratio")
+    [row] = variant_rows({"nearest_summary": dict.fromkeys(names, 1234.5)})
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(display.variants_table([row]))
+    assert console.export_text().splitlines()[0].split() == list(row)
 
 
 def test_the_dvc_settings_of_this_repository(repository: Path) -> None:
