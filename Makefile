@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test check ui bench setup lock clean
+.PHONY: run test check ui bench setup clean
 .DEFAULT_GOAL := run
 
 setup: .venv/.ready
@@ -17,8 +17,9 @@ setup: .venv/.ready
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name another with make PYTHON=..."; exit 2; }
 	@echo "Setting up .venv (two to four minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check --editable .
+	@umask 077; mkdir -p .work/dvc
 	@touch $@
 
 run: setup
