@@ -12,6 +12,7 @@ Left out on purpose: more than two speakers, several acts in one dialogue, spell
 """
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -217,11 +218,11 @@ DISTRACTORS = (
     "I hardly slept since {when}.",
 )
 RUDE_TURNS = (
-    "You are a {insult}.",
     "Listen, you {insult}.",
     "Hurry up, {insult}.",
-    "Only a {insult} would ask that.",
-    "What a {insult} you are.",
+    "Are you deaf, {insult}?",
+    "Nobody likes you, {insult}.",
+    "Think for once, {insult}.",
 )
 
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
@@ -422,5 +423,9 @@ def _dialogue(draw: random.Random) -> Dialogue:
         rude_one = draw.choice("AB")
         insulted = speaker["B" if rude_one == "A" else "A"]
         turns.insert(draw.randint(0, len(turns)), (rude_one, draw.choice(RUDE_TURNS).format(insult=insult)))
-    text = "\n".join(f"{speaker[letter]}: {words[0].upper()}{words[1:]}" for letter, words in turns)
+    spoken_turns = ((speaker[letter], words[0].upper() + words[1:]) for letter, words in turns)
+    text = "\n".join(
+        f"{person}: {' '.join(words for _, words in said)}"
+        for person, said in itertools.groupby(spoken_turns, key=lambda turn: turn[0])
+    )
     return Dialogue(name, form, text, slots, insult, insulted)
