@@ -4,13 +4,14 @@ A folder is a full artifact (`AutoModel*.from_pretrained` opens it) or a PEFT ad
 Weights are read from safetensors only, and no code that comes with a model is ever run.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from tasks.lm.device import device, precision
 from tasks.stage import Compute, UserError
@@ -19,6 +20,8 @@ from tasks.stage.files import new_folder
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it warns of kernels that a CPU can do without
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What a model needs to generate at all. Everything else in a generation config is a decoding setting, and those
@@ -59,7 +62,7 @@ def load(
     A model to be trained keeps float32 weights (mixed precision is the trainer's part); one that only answers
     takes the precision of `compute`. Raises UserError when there is no such model or it cannot be read.
     """
-    logging.disable_progress_bar()
+    disable_progress_bar()
     folder = Path(folder_or_id)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(folder, compute, trainable)
@@ -115,7 +118,7 @@ def save(lm: LanguageModel, folder: Path) -> None:
 
     The same weights give the same bytes.
     """
-    logging.disable_progress_bar()
+    disable_progress_bar()
     with new_folder(folder) as temporary:
         if is_adapter(lm):
             from tasks.lm.peft import save_adapter

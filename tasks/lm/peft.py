@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+NF4_BLOCK = 64  # weights that share a scale; bitsandbytes wants whole blocks in a row of a matrix on a CPU
 ADAPTERS = ("lora", "qlora", "prompt_tuning", "prefix_tuning", "ia3")
 
 
@@ -89,7 +90,7 @@ def adapter_config(lm: LanguageModel, method: str, options: Mapping[str, Any]) -
 def load_nf4(folder_or_id: str | Path, compute: Compute, revision: str | None = None) -> LanguageModel:
     """A base for `qlora`: weights of linear layers in double-quantised NF4, the rest as `load` gives it.
 
-    Raises ParamsError when bitsandbytes is not installed.
+    Raises ParamsError when bitsandbytes is not installed or the model's layers are too narrow for it.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ParamsError("finetune.method: qlora needs bitsandbytes; install it: pip install '.[qlora]'")
@@ -102,7 +103,14 @@ def load_nf4(folder_or_id: str | Path, compute: Compute, revision: str | None = 
         bnb_4bit_compute_dtype=precision(compute),
     )
     options = {"quantization_config": quantisation, "device_map": {"": device(compute)}, "dtype": torch.float32}
-    return attach(load_model(folder_or_id, revision, **options), folder_or_id, revision)
+    model = load_model(folder_or_id, revision, **options)
+    quantised = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    if narrow := [module.in_features for module in quantised if module.in_features % NF4_BLOCK]:
+        raise ParamsError(
+            f"finetune.method: qlora needs layers whose width is a multiple of {NF4_BLOCK}; "
+            f"{folder_or_id} has one of {narrow[0]}"
+        )
+    return attach(model, folder_or_id, revision)
 
 
 def parameter_counts(lm: LanguageModel) -> tuple[int, int]:
@@ -126,7 +134,7 @@ def open_adapter(base: "PreTrainedModel", folder: Path, trainable: bool) -> "Pef
     config.inference_mode = not trainable
     model = _wrap(base, config)
     model.load_adapter(str(folder), "default", is_trainable=trainable)
-    return model if trainable else model.eval()
+    return model if trainable else model.eval().requires_grad_(False)
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:

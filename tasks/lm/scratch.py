@@ -50,8 +50,8 @@ def train_tokenizer(
     seq2seq = architecture.family == "t5"
     special = [PAD, END, *([f"<extra_id_{i}>" for i in range(sentinels)] if seq2seq else [START])]
     tokenizer = Tokenizer(models.BPE())
-    # A space before a word that starts the text (made a line for the moment) or a line. The pattern takes the line
-    # end with it: a pattern of no width makes tokenizers fail.
+    # A space before a word that starts the text (made a line for the moment) or a line. The pattern takes
+    # the line end with it: a pattern of no width makes tokenizers fail.
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Prepend("\n"),

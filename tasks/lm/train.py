@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from tasks.lm.device import device, precision
 from tasks.lm.model import LanguageModel
@@ -65,7 +65,7 @@ def train(
     whole checkpoint in `context.work`. Raises ParamsError when the rows do not fill one batch, and
     Interrupted once a checkpoint was written on request.
     """
-    logging.disable_progress_bar()
+    disable_progress_bar()
     plan = batches(lengths, schedule, context.seed)
     steps = len(plan) * schedule.rows_at_once // schedule.batch_size
     if steps == 0:
