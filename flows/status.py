@@ -9,6 +9,14 @@ from flows import pipeline
 from flows.display import progress_text
 from tasks.stage.errors import say
 
+COLOURS = {
+    "up to date": "green",
+    "changed": "yellow",
+    "parent changed": "yellow",
+    "never run": "yellow",
+    "running": "cyan",
+}
+
 
 def look(root: Path) -> list[dict[str, Any]]:
     """One entry a stage, in graph order: state (up to date, changed, parent changed, never run, running), why,
@@ -43,28 +51,23 @@ def look(root: Path) -> list[dict[str, Any]]:
 
 
 def show(entries: list[dict[str, Any]]) -> None:
-    """Print the entries as a table."""
+    """Print a line a stage; under it what changed or how far it is, and its outputs with their hashes."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    table = Table(box=None, header_style="bold")
-    for column in ("stage", "state", "why", "outputs", "MLflow run", "last run"):
-        table.add_column(column, no_wrap=column in ("stage", "state", "outputs", "MLflow run"), overflow="fold")
+    console = Console()
+    width = max(len(entry["stage"]) for entry in entries)
     for entry in entries:
-        hashes = "\n".join(f"{path} {digest[:8]}" for path, digest in entry["outputs"].items())
-        why = "\n".join(entry["why"])
+        line = Text.assemble((f"{entry['stage']:{width}}  ", "bold"), (entry["state"], COLOURS[entry["state"]]))
+        console.print(line.append(_last(entry), "dim"), soft_wrap=True)
+        below = [Text(f"why: {reason}") for reason in entry["why"]]
         if entry["progress"]:
-            why = progress_text(entry["progress"])
-        table.add_row(
-            entry["stage"],
-            entry["state"],
-            why,
-            hashes,
-            (entry["mlflow_run"] or "")[:12],
-            _last(entry),
-            end_section=False,
-        )
-    Console().print(table)
+            below = [Text(progress_text(entry["progress"]))]
+        hashes = "  ".join(f"{path} {digest[:8]}" for path, digest in entry["outputs"].items())
+        for text in (*below, Text(hashes, "dim")):
+            if text:
+                console.print(Padding(text, (0, 0, 0, width + 2)))
     if any(entry["why"] for entry in entries):
         say("`lifecycle run` brings the rest up to date")
 
@@ -82,12 +85,12 @@ def _state(changes: tuple[pipeline.Change, ...], changed_parents: list[str], own
 def _last(entry: dict[str, Any]) -> str:
     if entry["last_exit_code"] is None:
         return ""
-    ended = str(entry["last_ended"])[:16].replace("T", " ")
-    return (
-        ended
-        if entry["last_exit_code"] == 0
-        else f"{ended} exit {entry['last_exit_code']}: {entry['last_message']}"
-    )
+    parts = ["", f"last run {str(entry['last_ended'])[:16].replace('T', ' ')}"]
+    if entry["last_exit_code"] != 0:
+        parts.append(f"exit {entry['last_exit_code']}: {entry['last_message']}")
+    if entry["mlflow_run"]:
+        parts.append(f"MLflow {entry['mlflow_run'][:12]}")
+    return " · ".join(parts)
 
 
 def _running(lock: Path) -> int | None:
