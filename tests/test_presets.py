@@ -1,7 +1,13 @@
 """Every preset merges with params.yaml and is allowed; `smoke` runs the pipeline through the real commands."""
 
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +75,80 @@ def test_what_is_commented_out_in_your_own_data_is_allowed_too(bare: Path) -> No
     assert [source["kind"] for source in after["text"]["sources"]] == ["file", "file", "hub", "synthetic"]
     change(bare, presets=["your-own-data"])
     check_all(bare / "params.yaml", bare / "dvc.yaml")
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A copy of this repository as it stands, changes that are not committed included."""
+
+    root: Path
+
+    def call(self, *command: str, tracking: str = "off") -> str:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self.root,
+            env={**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def lock(self) -> Any:
+        return yaml.safe_load((self.root / "dvc.lock").read_text())
+
+    def metrics(self) -> dict[str, str]:
+        return {path.stem: path.read_text() for path in (self.root / "metrics").glob("*.json")}
+
+    def starts(self) -> dict[str, str]:
+        """What each stage's process wrote when it ended."""
+        return {path.parent.name: path.read_text() for path in (self.root / ".work").glob("*/last.json")}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Iterator[Clone]:
+    """Where `lifecycle run --preset smoke` has run."""
+    root = tmp_path_factory.mktemp("clone")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in names.split("\0"):
+        if (ROOT / name).is_file() and Path(name).parts[0] not in ("dvc.lock", "metrics", "reports"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    shutil.copy(mlflow_template, root / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(root / ".work" / "prefect"))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        clone = Clone(root)
+        clone.call("flows.cli", "run", "--preset", "smoke", tracking="on")
+        yield clone
+
+
+def test_smoke_runs_every_stage_and_leaves_its_metrics(clone: Clone) -> None:
+    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    assert set(clone.metrics()) == set(clone.starts()) == set(clone.lock()["stages"]) == stages
+    evaluation = json.loads(clone.metrics()["evaluate"])
+    for variant in ("base", "base_few_shot", "finetune"):
+        assert set(evaluation[variant]) >= SCORES
+    for baseline in ("lead_1", "longest_turn", "nearest_summary"):
+        assert set(evaluation["baselines"][baseline]) >= SCORES - {"perplexity"}
+
+
+def test_a_second_run_starts_no_process_and_dvc_agrees(clone: Clone) -> None:
+    starts, lock = clone.starts(), clone.lock()
+    result = json.loads(clone.call("flows.cli", "run", "--json"))
+    assert {stage["state"] for stage in result["stages"]} == {"cached"}
+    assert "up to date" in clone.call("dvc", "repro")
+    assert (clone.starts(), clone.lock()) == (starts, lock)
+
+
+def test_everything_again_by_force_leaves_the_same_bytes(clone: Clone) -> None:
+    starts, lock, metrics = clone.starts(), clone.lock(), clone.metrics()
+    clone.call("flows.cli", "run", "--force")
+    assert all(after != starts[stage] for stage, after in clone.starts().items())
+    assert clone.lock() == lock
+    assert clone.metrics() == metrics
