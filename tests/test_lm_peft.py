@@ -168,17 +168,21 @@ def test_lora_on_one_matrix() -> None:
 def test_qlora_trains_lora_on_a_base_in_four_bits(family: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
-    save(toy(family, d_model=64), base)
+    save(toy(family), base)
     lm = tuned(base, "qlora")
     kinds = {type(parameter).__name__ for parameter in lm.model.parameters()}
     assert "Params4bit" in kinds
     full = parameter_counts(load(base, COMPUTE))[1]
     trainable, total = parameter_counts(lm)
     assert (trainable, total) == (parameter_counts(tuned(base, "lora"))[0], full + trainable)
-    loss = -response_logprobs(lm, batch_of(lm)).mean()
-    loss.backward()
-    gradients = [p.grad for p in lm.model.parameters() if p.requires_grad]
-    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    for _ in ("at once", "after an answer, which may bring another kernel in"):
+        lm.model.train()
+        lm.model.zero_grad()
+        response_logprobs(lm, batch_of(lm)).mean().backward()
+        gradients = [p.grad.norm() for name, p in lm.model.named_parameters() if "lora_B" in name]
+        assert all(gradients)
+        lm.model.eval()
+        respond(lm, PROMPTS, GREEDY, batch_size=6, seed=0)
     save(lm, tmp_path / "tuned")
     opened = load(tmp_path / "tuned", COMPUTE)
     assert is_adapter(opened)
@@ -191,12 +195,6 @@ def test_qlora_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(peft.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ParamsError, match=r"qlora needs bitsandbytes; install it: pip install '.\[qlora\]'"):
         load_nf4("anywhere", COMPUTE)
-
-
-def test_a_model_too_narrow_for_qlora_is_one_line(bases: dict[str, Path]) -> None:
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(ParamsError, match="qlora needs layers whose width is a multiple of 64"):
-        load_nf4(bases["t5"], COMPUTE)
 
 
 def test_modules_that_are_not_there_are_one_line(bases: dict[str, Path]) -> None:

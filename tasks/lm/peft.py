@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-NF4_BLOCK = 64  # weights that share a scale; bitsandbytes wants whole blocks in a row of a matrix on a CPU
 ADAPTERS = ("lora", "qlora", "prompt_tuning", "prefix_tuning", "ia3")
 
 
@@ -90,10 +89,11 @@ def adapter_config(lm: LanguageModel, method: str, options: Mapping[str, Any]) -
 def load_nf4(folder_or_id: str | Path, compute: Compute, revision: str | None = None) -> LanguageModel:
     """A base for `qlora`: weights of linear layers in double-quantised NF4, the rest as `load` gives it.
 
-    Raises ParamsError when bitsandbytes is not installed or the model's layers are too narrow for it.
+    Raises ParamsError when bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ParamsError("finetune.method: qlora needs bitsandbytes; install it: pip install '.[qlora]'")
+    from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(
@@ -104,12 +104,10 @@ def load_nf4(folder_or_id: str | Path, compute: Compute, revision: str | None = 
     )
     options = {"quantization_config": quantisation, "device_map": {"": device(compute)}, "dtype": torch.float32}
     model = load_model(folder_or_id, revision, **options)
-    quantised = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    if narrow := [module.in_features for module in quantised if module.in_features % NF4_BLOCK]:
-        raise ParamsError(
-            f"finetune.method: qlora needs layers whose width is a multiple of {NF4_BLOCK}; "
-            f"{folder_or_id} has one of {narrow[0]}"
-        )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # The kernel that answers on such CPUs has no gradient, and once used it stays for training too.
+            module.support_avx512bf16_for_cpu = False
     return attach(model, folder_or_id, revision)
 
 

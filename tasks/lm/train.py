@@ -76,6 +76,7 @@ def train(
     step_tokens = [sum(lengths[draw % len(lengths)] for draw in step) for step in _steps_of(plan, steps)]
     start = checkpoints.newest_verified(context.work)
     trainer = _ResponseTrainer(
+        held_out_loss=lambda: mean_loss(lm, held_out, schedule.rows_at_once),
         model=lm.model,
         args=_arguments(schedule, learning_rate, steps, context),
         train_dataset=_Plan(plan, pair),
@@ -90,7 +91,7 @@ def train(
             evaluate_at={
                 round(steps * part / schedule.evaluations) for part in range(schedule.evaluations + 1)
             },
-            evaluate=lambda: trainer.log({"eval_loss": mean_loss(lm, held_out, schedule.rows_at_once)}),
+            evaluate=trainer.evaluate,
             stop_at_multiples_of=schedule.log_every,
         )
         trainer.add_callback(watch)
@@ -170,6 +171,16 @@ class _ResponseTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
+    def __init__(self, *, held_out_loss: Callable[[], float], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._held_out_loss = held_out_loss
+
+    def evaluate(self, *_: Any, **__: Any) -> Row:
+        found = {"eval_loss": self._held_out_loss()}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -187,7 +198,7 @@ class _ResponseTrainer(Trainer):  # type: ignore[misc]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows progress, takes the held-out loss, seals checkpoints, and stops on request."""
+    """Shows progress, asks for the held-out loss, seals checkpoints, and stops on request."""
 
     def __init__(
         self,
@@ -196,7 +207,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         bar: Bar,
         step_tokens: Sequence[int],
         evaluate_at: set[int],
-        evaluate: Callable[[], None],
+        evaluate: Callable[[], Row],
         stop_at_multiples_of: int,
     ) -> None:
         self.seconds = 0.0
@@ -219,7 +230,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.tokens += self._step_tokens[state.global_step - 1]
         self._bar.advance()
         if state.global_step in self._evaluate_at:
-            self._evaluate()
+            control.should_evaluate = True
         if self._context.stopping and state.global_step % self._stop_at_multiples_of == 0:
             control.should_save = control.should_training_stop = True
 
