@@ -6,6 +6,7 @@ domain adaptation). Without, a model from scratch stays random, and any other is
     python -m tasks.base
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,6 @@ from tasks.lm.architecture import Architecture
 from tasks.lm.schedule import Schedule
 from tasks.stage import Context, Section, UserError, run_stage
 from tasks.stage.errors import say
-from tasks.stage.files import new_folder
 
 if TYPE_CHECKING:
     from tasks.lm.model import LanguageModel
@@ -97,7 +97,7 @@ def base(
         }
     metrics |= {"tokens_seen": seen, "tokens_per_parameter": seen / parameters}
     say(_verdict(params.source, seen, parameters))
-    _report(training, reports, context)
+    _report(training, metrics["perplexity_after"], reports, context)
     save(lm, model)
     forget_checkpoints(context)
     return metrics
@@ -159,13 +159,14 @@ def _verdict(source: str, seen: int, parameters: int) -> str:
     return f"{text} (worth reading: {TOKENS_PER_PARAMETER})"
 
 
-def _report(training: "Training | None", reports: Path, context: Context) -> None:
-    if training is None:
-        with new_folder(reports):
-            return
+def _report(training: "Training | None", perplexity: float, reports: Path, context: Context) -> None:
+    """Without training the curves are the one point that is known: the loss of continuing a text."""
     from tasks.lm.curves import write_curves
 
-    write_curves(reports, training, "base: learning from raw text")
+    if training is None:
+        write_curves(reports, [], [{"step": 0, "eval_loss": math.log(perplexity)}], "base: not trained here")
+        return
+    write_curves(reports, training.losses, training.evaluations, "base: learning from raw text")
     context.track.figure("base_loss", reports / "loss.png")
     context.track.metrics(
         {

@@ -126,7 +126,7 @@ def finetune(
         context,
     )
     save(lm, model)
-    write_curves(reports, training, f"finetune: {params.method}")
+    write_curves(reports, training.losses, training.evaluations, f"finetune: {params.method}")
     context.track.figure("finetune_loss", reports / "loss.png")
     context.track.metrics(
         {

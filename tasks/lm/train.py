@@ -34,6 +34,8 @@ from tasks.stage.progress import Bar
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response
 Row = dict[str, float]
 
+LOSS_COLUMNS = ("step", "loss", "grad_norm", "learning_rate")
+EVALUATION_COLUMNS = ("step", "eval_loss")
 BATCHES_PER_WINDOW = 64  # rows are sorted by length within so many batches, which keeps most of the shuffling
 
 
@@ -43,8 +45,8 @@ class Training:
 
     steps: int
     tokens: int  # prompt and response tokens trained on, padding left out
-    losses: list[Row]  # step, loss, grad_norm, learning_rate
-    evaluations: list[Row]  # step, eval_loss
+    losses: list[Row]  # LOSS_COLUMNS
+    evaluations: list[Row]  # EVALUATION_COLUMNS
     seconds: float  # spent in steps; a resumed run counts from its resumption
     tokens_per_second: float
     peak_memory: int  # bytes: of the GPU, or of the process on a CPU
@@ -101,8 +103,8 @@ def train(
     return Training(
         steps=steps,
         tokens=sum(step_tokens),
-        losses=_rows(trainer.state.log_history, ("step", "loss", "grad_norm", "learning_rate")),
-        evaluations=_rows(trainer.state.log_history, ("step", "eval_loss")),
+        losses=_rows(trainer.state.log_history, LOSS_COLUMNS),
+        evaluations=_rows(trainer.state.log_history, EVALUATION_COLUMNS),
         seconds=watch.seconds,
         tokens_per_second=watch.tokens / watch.seconds if watch.seconds else 0.0,
         peak_memory=peak_memory(lm.device),
@@ -178,7 +180,7 @@ class _ResponseTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> Row:
         found = {"eval_loss": self._held_out_loss()}
         self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def compute_loss(
