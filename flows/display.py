@@ -53,6 +53,7 @@ class Lines:
         self._run, self._console = run, console
         self._shown: dict[str, str] = {}
         self._next: dict[str, float] = {}
+        self._records: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -69,8 +70,9 @@ class Lines:
             elif result.state == "running" and time.monotonic() > self._next[name]:
                 self._next[name] = time.monotonic() + SECONDS_BETWEEN_LINES
                 record = pipeline.progress_record(self._run.root, name)
-                if record:
-                    self._console.print(f"{name}: {progress_text(record)}", soft_wrap=True, markup=False)
+                if record and record != self._records.get(name):
+                    self._records[name] = record
+                    self._console.print(progress_text(record), soft_wrap=True, markup=False)
 
 
 class Bars:

@@ -151,6 +151,7 @@ class Run:
 
     def _reproduce(self, name: str, result: Result) -> State:
         result.state, result.attempts = "running", result.attempts + 1
+        result.code, result.message, result.log = 0, "", None  # of an attempt before
         started = time.monotonic()
         try:
             how = pipeline.run_stage(

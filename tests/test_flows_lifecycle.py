@@ -183,6 +183,7 @@ def test_a_failing_stage_stops_only_what_depends_on_it_and_only_crashes_are_retr
         "wrong": 1, "after_wrong": 0, "gate": 1, "crash": 2, "killed": 2, "after_killed": 1, "again": 2,
     }  # fmt: skip
     assert [results[name]["code"] for name in ("wrong", "gate", "crash")] == [2, 3, 1]
+    assert [results[name]["message"] for name in ("killed", "again")] == ["", ""], "of the attempt that counts"
     assert "wrong failed: row 7: output is empty; fill it in" in done.stderr
     assert "RuntimeError: boom" in done.stderr, "the end of a crashed stage's output is shown"
     assert toy.record("again")["attempt"] == 2
