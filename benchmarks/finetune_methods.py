@@ -73,7 +73,7 @@ def measure(row: Row, folder: Path, steps: int | None, count: int) -> dict[str, 
     from tasks.data.records import read_examples
     from tasks.lm.model import load
 
-    data = read_yaml(PARAMS)
+    data = read_yaml(folder / PARAMS)
     shared = read_shared(data)
     scoring = read_section(data, "evaluate", EvaluateParams)
     prepare_torch(shared.seed, shared.compute)
@@ -225,6 +225,7 @@ def _all(options: argparse.Namespace, main_task: str) -> int:
             options.data, folder / "examples"
         )  # a pipeline that runs meanwhile changes nothing here
         shutil.copytree(options.base, folder / "base")
+        shutil.copy(PARAMS, folder)
         for name in options.rows:
             print(f"{name} ...", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--one", name, "--folder", str(folder)]
