@@ -169,11 +169,10 @@ def summary(rows: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, Any]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """One line a method; exact match on the tasks that are not the main one shows what was forgotten."""
-    rows, main = result["rows"], result["main_task"]
+def table(rows: Mapping[str, Mapping[str, Any]], main: str) -> dict[str, Any]:
+    """One line a row; exact match on the tasks that are not the main one shows what was forgotten."""
     others = [task for task in next(iter(rows.values()))["scores"] if task != main]
-    header = ("Tuning", "Trainable", "Weights kB", "Memory MB", "Seconds", "ROUGE-L", "Slot-F1")
+    header = ["Tuning", "Trainable", "Weights kB", "Memory MB", "Seconds", "ROUGE-L", "Slot-F1"]
     lines = []
     for name, row in rows.items():
         cost = ["", "", "", ""]
@@ -181,13 +180,10 @@ def table(result: Mapping[str, Any]) -> str:
             cost = [f"{row['trainable_share']:.2%}", f"{row['weights_bytes'] / 1000:,.0f}"]
             cost += [f"{row['memory_mb']:.0f}", f"{row['seconds']:.0f}"]
         scores = row["scores"]
-        numbers = (scores[main]["rougeL"], scores[main].get("slot_f1"), *_exact(scores, others))
-        lines.append((name.replace("_", " "), *cost, *("" if n is None else f"{n:.3f}" for n in numbers)))
-    return markdown((*header, *(f"{task}, exact" for task in others)), lines)
-
-
-def _exact(scores: Mapping[str, Mapping[str, float]], tasks: list[str]) -> list[float]:
-    return [scores[task]["exact_match"] for task in tasks]
+        numbers = [scores[main]["rougeL"], scores[main].get("slot_f1")]
+        numbers += [scores[task]["exact_match"] for task in others]
+        lines.append([name.replace("_", " "), *cost, *("" if n is None else f"{n:.3f}" for n in numbers)])
+    return {"header": [*header, *(f"{task}, exact" for task in others)], "lines": lines}
 
 
 def main() -> int:
@@ -218,7 +214,15 @@ def _all(options: argparse.Namespace, main_task: str) -> int:
     for needed in (options.data, options.base):
         if not needed.is_dir():
             raise UserError(f"{needed} is missing: run the stages prepare and base first")
-    result: dict[str, Any] = {"rows": {}, "main_task": main_task}
+    rows: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "rows": rows,
+        "main_task": main_task,
+        "bar": BAR,
+        "examples": options.examples,
+        "cores": os.cpu_count(),
+        "versions": _versions(),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copytree(
@@ -235,17 +239,10 @@ def _all(options: argparse.Namespace, main_task: str) -> int:
             code = subprocess.run(command, check=False, env=environment).returncode
             if code:
                 return code
-            result["rows"][name] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    result |= summary(result["rows"], main_task)
-    result |= {
-        "bar": BAR,
-        "examples": options.examples,
-        "steps": options.steps,
-        "cores": os.cpu_count(),
-        "versions": _versions(),
-    }
-    write_json(options.out, result)
-    print(table(result))
+            rows[name] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            result |= summary(rows, main_task) | {"table": table(rows, main_task)}
+            write_json(options.out, result)  # after each row: a run that is broken off has shown something
+    print(markdown(result["table"]["header"], result["table"]["lines"]))
     share = result.get("lora_share_of_full_gain")
     if share is None:
         return 0

@@ -40,6 +40,11 @@ def batched_evaluation_table(result: Mapping[str, Any]) -> str:
     return markdown(("Answering", "Prompts/s", "Seconds"), rows)
 
 
+def finetune_methods_table(result: Mapping[str, Any]) -> str:
+    """What each tuning method costs, gains and forgets, as the benchmark printed it."""
+    return markdown(result["table"]["header"], result["table"]["lines"])
+
+
 EVALUATE = Path("metrics/evaluate.json")
 TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "evaluate": (EVALUATE, scores_table),
@@ -48,6 +53,7 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "decoding": (EVALUATE, decoding_table),
     "splits": (EVALUATE, splits_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
+    "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), finetune_methods_table),
 }
 
 
