@@ -58,6 +58,23 @@ def test_padding_changes_no_log_probability(lm: LanguageModel) -> None:
         assert together[row, len(response) :].abs().sum() == 0
 
 
+def test_padding_changes_nothing_where_positions_are_learnt() -> None:
+    """GPT-2 adds a vector to each place; Llama only turns one place against another."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = toy("llama").tokenizer
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, initializer_range=0.3, eos_token_id=1)
+    torch.manual_seed(0)
+    lm = LanguageModel(GPT2LMHeadModel(config).eval(), tokenizer)
+    prompts, responses = encoded(lm)
+    together = response_logprobs(lm, collate(lm, prompts, responses))
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        alone = response_logprobs(lm, collate(lm, [prompt], [response]))[0]
+        torch.testing.assert_close(together[row, : len(response)], alone, atol=1e-5, rtol=1e-5)
+    one, eight = (respond(lm, PROMPTS, GREEDY, batch_size=size, seed=0) for size in (1, 8))
+    assert one == eight
+
+
 def test_the_padding_token_may_be_any_token(lm: LanguageModel) -> None:
     batch = collate(lm, *encoded(lm))
     other = Batch(
