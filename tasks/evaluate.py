@@ -2,7 +2,8 @@
 
 Scores the main task for each variant (a model, with or without worked examples in its prompt) beside three
 baselines that need no model, every task for the variants without such examples (what tuning gained and what it
-forgot), held-out against seen material, and a grid of decoding settings, with 95 % bootstrap intervals.
+forgot), held-out against seen material, and a grid of decoding settings, with 95 % bootstrap intervals. Where
+`alignment` is set, two variants also answer by chance, to compare toxicity before and after.
 
     python -m tasks.evaluate
 """
@@ -24,6 +25,7 @@ from tasks.stage import Context, DataError, ParamsError, Section, run_stage
 if TYPE_CHECKING:
     from tasks.data.records import Example
     from tasks.lm.model import LanguageModel
+    from tasks.metrics.bootstrap import Array
     from tasks.metrics.measures import Measures
     from tasks.metrics.results import Answered, Answers
 
@@ -61,6 +63,28 @@ class Classifier(Section):
     toxic_from: Annotated[float, Field(gt=0, le=1)]
 
 
+class Alignment(Section):
+    """Two variants that sample `samples` answers to each prompt: what alignment changed, and what it cost.
+
+    `examples` null: all of the main task's. `reward` names a folder under models/ (a sequence classifier).
+    """
+
+    before: str
+    after: str
+    examples: PositiveInt | None
+    samples: PositiveInt
+    generation: dict[str, Any]
+    reward: str | None
+
+    @model_validator(mode="after")
+    def _samples(self) -> Self:
+        if self.before == self.after:
+            raise ValueError(f"before and after are both {self.before}; name two variants")
+        if self.generation.get("do_sample") is not True:
+            raise ValueError("generation with do_sample: true: greedy answers hide what a model seldom says")
+        return self
+
+
 class Params(Section):
     """The section `evaluate` of params.yaml."""
 
@@ -73,6 +97,7 @@ class Params(Section):
     batch_size: PositiveInt
     max_prompt_tokens: PositiveInt
     toxicity: Annotated[Oracle | Classifier, Field(discriminator="backend")]
+    alignment: Alignment | None
     bootstrap_samples: PositiveInt
     sample_rows: PositiveInt
 
@@ -80,12 +105,14 @@ class Params(Section):
     def _names_fit(self) -> Self:
         from tasks.metrics.report import NOT_VARIANTS
 
-        if self.tuned not in self.variants:
-            raise ValueError(
-                f"tuned is {self.tuned}, which is none of the variants ({', '.join(self.variants)})"
-            )
-        if self.variants[self.tuned].shots:
-            raise ValueError(f"tuned is {self.tuned}, which has shots; name a variant without")
+        named = {"tuned": self.tuned}
+        if self.alignment is not None:
+            named |= {"alignment.before": self.alignment.before, "alignment.after": self.alignment.after}
+        for key, name in named.items():
+            if name not in self.variants:
+                raise ValueError(f"{key} is {name}, which is none of the variants ({', '.join(self.variants)})")
+            if self.variants[name].shots:
+                raise ValueError(f"{key} is {name}, which has shots; name a variant without")
         for name in NOT_VARIANTS:
             if name in self.variants:
                 raise ValueError(f"variants: {name} is a part of the report; give the variant another name")
@@ -118,6 +145,8 @@ def evaluate(params: Params, examples: Path, models: Path, report: Path, context
         metrics = results(
             test, answered, params.tuned, toxicity, params.bootstrap_samples, context.seed, bar.advance
         )
+    if params.alignment is not None:
+        metrics["alignment"] = _align(params, params.alignment, test[params.task], models, toxicity, context)
     rows = _side_by_side(test[params.task], answered, params.sample_rows)
     _write_report(metrics, rows, report, context)
     return metrics
@@ -165,6 +194,12 @@ def _check_models(params: Params, models: Path) -> None:
                 f"{models / variant.model} is missing: run the stage that makes it, "
                 f"or take {name} out of evaluate.variants"
             )
+    reward = params.alignment.reward if params.alignment is not None else None
+    if reward is not None and not (models / reward).is_dir():
+        raise DataError(
+            f"{models / reward} is missing: run the stage that makes it, "
+            "or set evaluate.alignment.reward to null"
+        )
 
 
 def _check_generation(params: Params) -> None:
@@ -172,7 +207,11 @@ def _check_generation(params: Params) -> None:
 
     known = GenerationConfig().to_dict()
     settings = {"evaluate.generation": params.generation}
-    settings |= {f"evaluate.decoding.{name}": setting for name, setting in params.decoding.items()}
+    settings |= {
+        f"evaluate.decoding.{name}": params.generation | setting for name, setting in params.decoding.items()
+    }
+    if params.alignment is not None:
+        settings["evaluate.alignment.generation"] = params.alignment.generation
     for where, setting in settings.items():
         for key in setting:
             if key not in known:
@@ -180,7 +219,7 @@ def _check_generation(params: Params) -> None:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ParamsError(f"params.yaml: {where}.{key} is no field of GenerationConfig{hint}")
         try:
-            GenerationConfig(**params.generation | setting).validate(strict=True)
+            GenerationConfig(**setting).validate(strict=True)
         except ValueError as error:
             raise ParamsError(f"params.yaml: {where}: {' '.join(str(error).split())}") from None
 
@@ -293,6 +332,95 @@ def _baselines(main: Sequence["Example"], train: Sequence["Example"]) -> dict[st
     }
 
 
+def _align(
+    params: Params,
+    wanted: Alignment,
+    main: Sequence["Example"],
+    models: Path,
+    toxicity: Callable[[Sequence[str]], "Measures"],
+    context: Context,
+) -> dict[str, Any]:
+    """Let both variants sample answers to the same prompts, one model in memory at a time, and compare them."""
+    import numpy as np
+
+    from tasks.lm.model import load
+    from tasks.lm.respond import encode_prompts, likelihoods
+    from tasks.metrics.alignment import Sampled, alignment
+
+    examples = main[: wanted.examples]
+    prompts = [example.prompt for example in examples for _ in range(wanted.samples)]
+    texts: dict[str, list[str]] = {}
+    answers: list[list[int]] = []  # of `after`
+    nll: dict[str, list[float]] = {}  # of these answers
+    with context.progress(4 * len(prompts), "sampling answers before and after alignment") as bar:
+        for name in (wanted.after, wanted.before):
+            lm = load(models / params.variants[name].model, context.compute)
+            encoded = encode_prompts(lm, prompts, params.max_prompt_tokens)
+            own = sample_answers(lm, encoded, wanted.generation, params.batch_size, context.seed, bar.advance)
+            texts[name] = [text.strip() for text in lm.tokenizer.batch_decode(own, skip_special_tokens=True)]
+            answers = answers or own
+            found = likelihoods(lm, encoded, answers, batch_size=params.batch_size, progress=bar.advance)
+            nll[name] = [likelihood.nll for likelihood in found]
+    rewards = _rewards(wanted.reward, prompts, texts, models, params.batch_size, context)
+    compared = alignment(
+        examples,
+        Sampled(texts[wanted.before], rewards.get(wanted.before)),
+        Sampled(texts[wanted.after], rewards.get(wanted.after)),
+        np.array(nll[wanted.before]) - np.array(nll[wanted.after]),
+        toxicity,
+        params.bootstrap_samples,
+        context.seed,
+    )
+    return {"after": wanted.after, "before": wanted.before, **compared}
+
+
+def sample_answers(
+    lm: "LanguageModel",
+    prompts: Sequence[Sequence[int]],
+    generation: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int], object],
+) -> list[list[int]]:
+    """Return an answer to each prompt, both as token ids, its end token included."""
+    import torch
+
+    from tasks.lm.respond import batches_by_length, collate, generate
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for rows in batches_by_length([len(ids) for ids in prompts], batch_size):
+            batch = collate(lm, [prompts[row] for row in rows], [[] for _ in rows])
+            ids, mask = generate(lm, batch.prompt_ids, batch.prompt_mask, generation)
+            for row, row_ids, row_mask in zip(rows, ids, mask, strict=True):
+                answers[row] = row_ids[row_mask == 1].tolist()
+            progress(len(rows))
+    return answers
+
+
+def _rewards(
+    folder: str | None,
+    prompts: Sequence[str],
+    texts: Mapping[str, Sequence[str]],
+    models: Path,
+    batch_size: int,
+    context: Context,
+) -> dict[str, "Array"]:
+    """What the reward model gives the answers of each variant; empty without one."""
+    if folder is None:
+        return {}
+    import numpy as np
+
+    from tasks.lm.classifier import load_classifier, scores
+
+    classifier = load_classifier(models / folder, context.compute)
+    return {
+        name: np.array(scores(classifier, prompts, answers, batch_size=batch_size))
+        for name, answers in texts.items()
+    }
+
+
 def _side_by_side(examples: Sequence["Example"], answered: "Answered", limit: int) -> list[dict[str, str]]:
     """The first prompts with their reference and every variant's answer."""
     return [
@@ -321,9 +449,12 @@ def _write_report(
         write_text(folder / "samples.jsonl", "".join(lines))
         figures.draw_scores(metrics, folder / "scores.png")
         figures.draw_tasks(metrics, folder / "tasks.png")
+        figures.draw_alignment(metrics, folder / "alignment.png")
     context.track.table("samples", rows)
     context.track.figure("scores", report / "scores.png")
     context.track.figure("tasks", report / "tasks.png")
+    if "alignment" in metrics:
+        context.track.figure("alignment", report / "alignment.png")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tasks.data.records import read_examples
 from tasks.data.synthetic import examples as synthetic
-from tasks.evaluate import Params, chosen, evaluate, shot_prompts
+from tasks.data.synthetic import is_toxic
+from tasks.evaluate import Params, chosen, evaluate, sample_answers, shot_prompts
 from tasks.stage import Compute, Context, DataError, NullTrack, ParamsError
 from tasks.stage.params import read_section, read_yaml, stages_of, validate
 
@@ -37,8 +39,17 @@ SECTION: dict[str, Any] = {
     "batch_size": 8,
     "max_prompt_tokens": 300,
     "toxicity": {"backend": "oracle"},
+    "alignment": None,
     "bootstrap_samples": 50,
     "sample_rows": 3,
+}
+ALIGNMENT: dict[str, Any] = {
+    "before": "base",
+    "after": "finetune",
+    "examples": 20,
+    "samples": 2,
+    "generation": {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 6},
+    "reward": None,
 }
 SCORES = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "exact_match", "slot_f1"),
@@ -171,7 +182,8 @@ def test_the_same_again_gives_the_same_bytes(seq2seq: Path, tmp_path: Path) -> N
     assert first == again
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert names == [
-        *("decoding.csv", "samples.jsonl", "scores.csv", "scores.png", "summary.md", "tasks.csv", "tasks.png")
+        *("alignment.png", "decoding.csv", "samples.jsonl", "scores.csv", "scores.png", "summary.md"),
+        *("tasks.csv", "tasks.png"),
     ]
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -210,6 +222,88 @@ def test_the_choice_of_examples_is_fixed_by_their_ids() -> None:
     assert {task: len(part) for task, part in first.items()} == {"summarize": 24, "act": 8, "slot": 8}
     everything = {"main_task": None, "other_tasks": None, "decoding": None}
     assert [len(part) for part in chosen(rows, params(examples=everything)).values()] == [60, 60, 60]
+
+
+QUICK = {
+    "examples": {"main_task": 20, "other_tasks": 1, "decoding": 1},
+    "decoding": {"greedy": {}},
+    "variants": {name: {"model": name, "shots": 0} for name in ("base", "finetune")},
+}
+
+
+def test_alignment_compares_sampled_answers_before_and_after(workplace: Path, tmp_path: Path) -> None:
+    import torch
+
+    from tasks.lm.model import load
+    from tasks.lm.respond import collate, encode_prompts, response_logprobs
+
+    track = Recorder()
+    without = run(workplace, tmp_path / "without", **QUICK)
+    metrics = run(workplace, tmp_path / "report", track, **QUICK, alignment=ALIGNMENT)
+    found = metrics.pop("alignment")
+    assert metrics == without
+    rows = read_examples(workplace / "data" / "examples" / "test.jsonl")
+    main = chosen(rows, params(**QUICK))["summarize"]
+    rude = [example for example in main if is_toxic(example.prompt)]
+    assert (found["before"], found["after"], found["samples"]) == ("base", "finetune", 2)
+    assert (found["n"], found["n_rude"]) == (20, len(rude))
+    assert 0 < len(rude) < 20
+    assert list(found["all"]["before"]) == list(found["rude"]["after"])
+
+    lms = [load(workplace / "models" / name, Compute(**COMPUTE)) for name in ("base", "finetune")]
+    prompts = encode_prompts(lms[1], [example.prompt for example in main for _ in range(2)])
+    answers = sample_answers(lms[1], prompts, ALIGNMENT["generation"], 8, 7, lambda _: None)
+    assert any(first != second for first, second in zip(answers[::2], answers[1::2], strict=True))
+    with torch.inference_mode():  # one by one, without padding
+        before, after = (
+            sum(
+                float(response_logprobs(lm, collate(lm, [prompt], [answer])).sum())
+                for prompt, answer in zip(prompts, answers, strict=True)
+            )
+            for lm in lms
+        )
+    assert found["all"]["kl"] == pytest.approx((after - before) / 40, abs=1e-4)
+    assert found["all"]["kl"] > 0
+
+    assert track.figures == ["scores", "tasks", "alignment"]
+    summary = (tmp_path / "report" / "summary.md").read_text()
+    assert "## Alignment" in summary
+    assert f"| {len(rude)} rude prompts | Slot-F1 | {found['rude']['before']['slot_f1']:.3f} [" in summary
+    drawn = [(tmp_path / name / "alignment.png").read_bytes() for name in ("report", "without")]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_variant_aligned_with_itself_has_not_moved(workplace: Path, tmp_path: Path) -> None:
+    twins = {name: {"model": "finetune", "shots": 0} for name in ("finetune", "twin")}
+    section = ALIGNMENT | {"before": "finetune", "after": "twin", "examples": None}
+    found = run(workplace, tmp_path / "report", **QUICK | {"variants": twins}, alignment=section)["alignment"]
+    for part in ("all", "rude"):
+        assert found[part]["kl"] == 0
+        assert set(found[part]["difference"].values()) == {0}
+        assert found[part]["before"] == found[part]["after"]
+
+
+def test_the_reward_model_scores_both_sides(
+    seq2seq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def scores(classifier: Path, prompts: Any, answers: Any, *, batch_size: int) -> list[float]:
+        asked.append((classifier.name, len(prompts), len(answers), batch_size))
+        return [float(len(asked))] * len(answers)
+
+    module = ModuleType("tasks.lm.classifier")
+    vars(module).update(load_classifier=lambda folder, compute: folder, scores=scores)
+    monkeypatch.setitem(sys.modules, "tasks.lm.classifier", module)
+    section = ALIGNMENT | {"reward": "reward"}
+    with pytest.raises(DataError, match=r"models/reward is missing: .*alignment\.reward to null"):
+        run(seq2seq, tmp_path / "report", **QUICK, alignment=section)
+    clone = shutil.copytree(seq2seq, tmp_path / "clone")
+    (clone / "models" / "reward").mkdir()
+    found = run(clone, tmp_path / "report", **QUICK, alignment=section)["alignment"]
+    assert asked == [("reward", 40, 40, 8)] * 2
+    assert found["rude"]["difference"]["reward"] in (1, -1)
+    assert "| Reward |" in (tmp_path / "report" / "summary.md").read_text()
 
 
 def test_shots_that_do_not_fit_are_left_out_from_the_front() -> None:
@@ -299,6 +393,11 @@ def test_toxicity_by_a_classifier(seq2seq: Path, tmp_path: Path) -> None:
             "decoding.warm.temprature .*did you mean temperature",
         ),
         ({"generation": {"max_new_tokens": 0}}, ParamsError, "evaluate.generation: .*max_new_tokens"),
+        (
+            {"alignment": ALIGNMENT | {"generation": {"do_sample": True, "topk": 0}}},
+            ParamsError,
+            "evaluate.alignment.generation.topk .*did you mean top_k",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_before_any_model_is_opened(
@@ -323,6 +422,13 @@ def test_wrong_use_is_one_line_before_any_model_is_opened(
         ({"toxicity": {"backend": "oracles"}}, "did you mean oracle"),
         ({"toxicity": {"backend": "oracle", "label": "rude"}}, "unknown key"),
         ({"batch": 8}, "unknown key; did you mean batch_size"),
+        ({"alignment": ALIGNMENT | {"after": "ppo"}}, "alignment.after is ppo, which is none of the variants"),
+        (
+            {"alignment": ALIGNMENT | {"before": "base_few_shot"}},
+            "before is base_few_shot, which has",
+        ),
+        ({"alignment": ALIGNMENT | {"after": "base"}}, "before and after are both base"),
+        ({"alignment": ALIGNMENT | {"generation": {}}}, "generation with do_sample: true"),
     ],
 )
 def test_a_wrong_section_is_named(changes: dict[str, Any], words: str) -> None:
@@ -349,5 +455,7 @@ def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path, ml
 def test_every_variant_of_the_default_run_is_a_dependency_in_the_graph(repository: Path) -> None:
     section = read_section(read_yaml(repository / "params.yaml"), "evaluate", Params)
     wanted = {f"models/{variant.model}" for variant in section.variants.values()}
+    if section.alignment is not None and section.alignment.reward is not None:
+        wanted.add(f"models/{section.alignment.reward}")
     deps = stages_of(read_yaml(repository / "dvc.yaml"))["evaluate"]["deps"]
     assert wanted == {dep for dep in deps if dep.startswith("models/")}

@@ -1,19 +1,20 @@
-"""The evaluation in pictures: scores with their intervals, and every task before and after tuning.
+"""The evaluation in pictures: scores with their intervals, every task, and alignment, before and after.
 
 Colours are from Okabe and Ito's palette, which colour-blind readers can tell apart. Same numbers, same bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from tasks.metrics.report import LABELS, TASK_SCORES, Metrics, present, variants
+from tasks.metrics.report import LABELS, TASK_SCORES, Metrics, alignment_parts, present, variants
 
 GREY, BLUE, TUNED = "#999999", "#0072B2", "#E69F00"
 OTHERS = (BLUE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 SHOWN = ("rougeL", "bleu", "exact_match", "slot_f1", "toxicity_rate")
+ALIGNMENT_SHOWN = ("toxicity_rate", "slot_f1", "rougeL")
 
 
 def draw_scores(metrics: Metrics, path: Path) -> None:
@@ -37,28 +38,60 @@ def draw_scores(metrics: Metrics, path: Path) -> None:
 
 def draw_tasks(metrics: Metrics, path: Path) -> None:
     """Write a PNG with one panel per score: for each task one bar per variant, with 95 % intervals."""
-    from matplotlib.patches import Patch
-
     compared: Mapping[str, Any] = metrics["tasks"]
-    tasks = list(next(iter(compared.values())))
-    shown = present(TASK_SCORES, [scores for of_task in compared.values() for scores in of_task.values()])
-    thickness = 0.8 / len(compared)
     others = cycle(OTHERS)
     colours = {name: TUNED if name == metrics["about"]["tuned"] else next(others) for name in compared}
-    height = 1.6 + 0.32 * len(tasks) * len(compared) + 0.15 * len(tasks)
+    _draw_groups(compared, TASK_SCORES, colours, "Every task, by variant (95 % intervals)", path)
+
+
+def draw_alignment(metrics: Metrics, path: Path) -> None:
+    """Write a PNG of sampled answers before and after alignment, to all prompts and to rude ones.
+
+    Where nothing is compared it says so: the graph lists this file in any case.
+    """
+    if "alignment" not in metrics:
+        with _figure(path, 1, height=1.0) as panels:
+            panels[0].set_axis_off()
+            panels[0].text(0, 0.5, "Nothing to compare: evaluate.alignment is null.")
+        return
+    alignment = metrics["alignment"]
+    parts = alignment_parts(alignment)
+    compared = {
+        alignment[side]: {prompts: part[side] for prompts, part in parts.items()}
+        for side in ("before", "after")
+    }
+    colours = dict(zip(compared, (BLUE, TUNED), strict=True))
+    title = "Sampled answers before and after alignment (95 % intervals)"
+    _draw_groups(compared, ALIGNMENT_SHOWN, colours, title, path)
+
+
+def _draw_groups(
+    compared: Mapping[str, Mapping[str, Mapping[str, float]]],
+    scores: Sequence[str],
+    colours: Mapping[str, str],
+    title: str,
+    path: Path,
+) -> None:
+    """One panel per score, one group of bars per row (a task, a kind of prompt), one bar per variant."""
+    from matplotlib.patches import Patch
+
+    rows = list(next(iter(compared.values())))
+    shown = present(scores, [found for of_row in compared.values() for found in of_row.values()])
+    thickness = 0.8 / len(compared)
+    height = 1.6 + 0.32 * len(rows) * len(compared) + 0.15 * len(rows)
     with _figure(path, len(shown), height) as panels:
         for panel, score in zip(panels, shown, strict=True):
-            for row, task in enumerate(tasks):
-                for column, (variant, of_task) in enumerate(compared.items()):
-                    place = row + (column - (len(compared) - 1) / 2) * thickness
-                    _bar(panel, place, of_task[task], score, colours[variant], thickness * 0.9)
+            for number, row in enumerate(rows):
+                for column, (variant, of_row) in enumerate(compared.items()):
+                    place = number + (column - (len(compared) - 1) / 2) * thickness
+                    _bar(panel, place, of_row[row], score, colours[variant], thickness * 0.9)
             panel.set_title(LABELS[score])
-            panel.set_yticks(range(len(tasks)), tasks)
+            panel.set_yticks(range(len(rows)), rows)
         panels[0].invert_yaxis()
         handles = [Patch(color=colour, label=variant) for variant, colour in colours.items()]
         figure = panels[0].figure
         figure.legend(handles=handles, loc="outside lower center", ncols=len(colours), frameon=False)
-        figure.suptitle("Every task, by variant (95 % intervals)")
+        figure.suptitle(title)
 
 
 def _bar(

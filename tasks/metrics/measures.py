@@ -45,6 +45,16 @@ def subset(scores: Mapping[str, Measure], rows: Sequence[int]) -> Measures:
     return {name: Measure(measure.statistics[list(rows)], measure.score) for name, measure in scores.items()}
 
 
+def merged(scores: Mapping[str, Measure], size: int) -> Measures:
+    """Return the same measures with each `size` examples in a row as one, which is drawn or not as a whole."""
+    return {
+        name: Measure(
+            measure.statistics.reshape(-1, size, measure.statistics.shape[1]).sum(axis=1), measure.score
+        )
+        for name, measure in scores.items()
+    }
+
+
 def flat(scores: Mapping[str, Measure], samples: int, seed: int) -> dict[str, float]:
     """Return `NAME`, `NAME_low` and `NAME_high` (95 %) of each measure, rounded to six digits."""
     found = {

@@ -7,7 +7,7 @@ from typing import Any
 
 Metrics = Mapping[str, Any]
 
-NOT_VARIANTS = ("about", "baselines", "decoding", "differences", "splits", "tasks")
+NOT_VARIANTS = ("about", "alignment", "baselines", "decoding", "differences", "splits", "tasks")
 LABELS = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -21,9 +21,11 @@ LABELS = {
     "toxicity_mean": "Toxicity",
     "length_ratio": "Length ratio",
     "distinct_2": "Distinct-2",
+    "reward": "Reward",
 }
 TASK_SCORES = ("exact_match", "rougeL", "slot_f1")
 WITH_INTERVAL = ("rougeL", "slot_f1")
+ALIGNMENT_SCORES = ("toxicity_rate", "toxicity_mean", "slot_f1", "rougeL", "length_ratio", "reward")
 
 
 def variants(metrics: Metrics) -> dict[str, Mapping[str, float]]:
@@ -77,6 +79,45 @@ def differences_table(metrics: Metrics) -> str:
     return markdown(header, rows)
 
 
+def alignment_parts(alignment: Metrics) -> dict[str, Mapping[str, Any]]:
+    """The parts of `alignment` by what they say: all prompts, and those that are rude."""
+    named = {"all": f"all {alignment['n']} prompts", "rude": f"{alignment['n_rude']} rude prompts"}
+    return {name: alignment[part] for part, name in named.items() if part in alignment}
+
+
+def alignment_table(metrics: Metrics) -> str:
+    """Sampled answers before and after alignment, with the paired difference."""
+    alignment = metrics["alignment"]
+    rows = [
+        (
+            prompts,
+            LABELS[score],
+            _interval(part["before"], score),
+            _interval(part["after"], score),
+            _interval(part["difference"], score, sign="+"),
+        )
+        for prompts, part in alignment_parts(alignment).items()
+        for score in present(ALIGNMENT_SCORES, [part["after"]])
+    ]
+    return markdown(("Prompts", "Score", alignment["before"], alignment["after"], "Difference"), rows)
+
+
+def alignment_sentence(metrics: Metrics) -> str:
+    """What alignment did to toxicity, and how far it moved the model."""
+    alignment = metrics["alignment"]
+    prompts, part = list(alignment_parts(alignment).items())[-1]
+    rates = [part[side]["toxicity_rate"] for side in ("before", "after")]
+    fall = ""
+    if "toxicity_fall" in part:
+        ends = (part[f"toxicity_fall{end}"] for end in ("", "_low", "_high"))
+        fall = ", a fall of {:.0%} [{:.0%}, {:.0%}]".format(*ends)
+    return (
+        f"On {prompts} `{alignment['before']}` is toxic in {rates[0]:.1%} of its sampled answers, "
+        f"`{alignment['after']}` in {rates[1]:.1%}{fall}, at a KL divergence of {_interval(part, 'kl')} nats "
+        "per answer."
+    )
+
+
 def summary(metrics: Metrics) -> str:
     """The whole evaluation on one page of Markdown."""
     about = metrics["about"]
@@ -95,6 +136,8 @@ def summary(metrics: Metrics) -> str:
     ]
     if metrics["splits"]:
         parts += ["\n## Seen and held-out\n", splits_table(metrics)]
+    if "alignment" in metrics:
+        parts += ["\n## Alignment\n", alignment_sentence(metrics) + "\n", alignment_table(metrics)]
     return "\n".join(parts) + "\n"
 
 
