@@ -85,6 +85,7 @@ def test_the_divergence_of_an_update_is_taken_over_samples_of_the_old_policy() -
         (0.9, 0.0, 1.0, 0.5 * 0.8**2, True),  # beyond it towards the return: held at 0.2
         (-0.9, 0.0, 1.0, 0.5 * 1.9**2, False),  # away from the return: the larger error counts
         (1.0, 0.0, 1.0, 0.5 * 0.8**2, True),
+        (2.9, 2.0, 3.0, 0.5 * 0.8**2, True),  # the clip is around the old value, not around 0
     ],
 )
 def test_value_loss_of_one_token(value: float, old: float, target: float, total: float, clipped: bool) -> None:
