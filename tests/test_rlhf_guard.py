@@ -79,7 +79,9 @@ def test_a_severe_fall_rolls_back_at_once_and_then_stops() -> None:
 def test_a_large_fall_that_may_be_noise_is_not_severe() -> None:
     """Two prompts of three lost nothing: the mean is beyond the hard limit, its lower bound is not."""
     start = at(0, gold=(1.0, 1.0, 1.0), toxicity=(0.0,) * 3)
-    assert acts(start, start._replace(step=5, gold=(0.0, 1.0, 1.0))) == ["none", "none"]
+    noisy = start._replace(step=5, gold=(0.0, 1.0, 1.0))
+    assert acts(start, noisy) == ["none", "none"]
+    assert acts(start, noisy._replace(kl=9.0)) == ["none", "warn"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,8 @@ def test_no_act_is_skipped_without_a_severe_breach(figures: list[Any]) -> None:
         verdict = guard.observe(check)
         assert bool(verdict.reasons) == (verdict.act != "none")
         level = min(level + 1, 4) if verdict.reasons else max(level - 1, 0)
+        assert guard.state is not None
+        assert guard.state.level == level
         assert verdict.act == ("none" if not verdict.reasons else ACTS[level])
 
 
