@@ -6,9 +6,9 @@ It runs no model and carries out nothing itself.
 
 A fall of the gold score, or a rise of toxicity, must be more than noise: the mean of the paired changes per
 prompt, less `z` standard errors, has to exceed what is tolerated. That is the lower end of a one-sided
-interval, so C checks of a policy whose true changes are tolerable disturb it with a chance of at most
-2·C·(1 − Φ(z)): 2.7 % for ten checks at z = 3. The other limits are meant to be wide and hold for the figures
-as they are. A figure that is not a number breaks its limit.
+interval, so C checks of a policy whose true changes are tolerable disturb it with a chance of about
+2·C·(1 − Φ(z)) at most: 2.7 % for ten checks at z = 3. The other limits are meant to be wide and hold
+for the figures as they are. A figure that is not a number breaks its limit.
 
 Each breached check in a row goes one act further: warn, raise β, roll back to the best step, stop. A clean
 check takes one act back. A fall of the gold score beyond `gold_drop_hard` rolls back at once. The guard must
