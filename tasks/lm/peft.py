@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.lm.device import device, precision
-from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, attach, load_model
+from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, attach, is_adapter, load_model
 from tasks.stage import Compute, ParamsError
 
 if TYPE_CHECKING:
@@ -109,6 +109,21 @@ def load_nf4(folder_or_id: str | Path, compute: Compute, revision: str | None = 
             # The kernel that answers on such CPUs has no gradient, and once used it stays for training too.
             module.support_avx512bf16_for_cpu = False
     return attach(model, folder_or_id, revision)
+
+
+def merged(lm: LanguageModel) -> LanguageModel:
+    """The model as one without adapter: LoRA and IA3 are merged into the weights, in place.
+
+    Raises ParamsError for prompt and prefix tuning: virtual tokens are no change of weights.
+    """
+    if not is_adapter(lm):
+        return lm
+    if not hasattr(lm.model.base_model, "merge_and_unload"):
+        raise ParamsError(
+            "finetune.method: a model with virtual tokens (prompt_tuning, prefix_tuning) cannot become one "
+            "without adapter; use lora, ia3, bitfit or full"
+        )
+    return LanguageModel(lm.model.merge_and_unload(), lm.tokenizer)
 
 
 def parameter_counts(lm: LanguageModel) -> tuple[int, int]:

@@ -8,7 +8,8 @@ may be any token. Padding changes nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,22 @@ def model_inputs(lm: LanguageModel, batch: Batch) -> dict[str, Any]:
     }
 
 
+class Outputs(NamedTuple):
+    """What a model computes of given responses, position t from all that stands before the t-th token."""
+
+    logits: Tensor  # [B, T, V] float32
+    hidden: Tensor  # [B, T, D], what the language-model head reads
+
+
+def response_outputs(lm: LanguageModel, batch: Batch) -> Outputs:
+    """Logits that predict the response tokens, and the hidden states they are made of, in one forward pass."""
+    inputs = model_inputs(lm, batch.to(lm.device))
+    width = inputs.pop("labels").shape[1]
+    with _head_inputs(lm) as caught:
+        logits = lm.model(**inputs).logits
+    return Outputs(logits[:, :width].float(), caught[0][:, :width])
+
+
 def response_logits(lm: LanguageModel, batch: Batch) -> Tensor:
     """Logits `[B, T, V]` (float32) that predict each response token from all that stands before it."""
     inputs = model_inputs(lm, batch.to(lm.device))
@@ -136,11 +153,140 @@ def response_logits(lm: LanguageModel, batch: Batch) -> Tensor:
     return logits.float()
 
 
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities `[B, T]` of the tokens `ids` `[B, T]` under `logits` `[B, T, V]`."""
+    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy `[B, T]` (nats) of the distributions given by `logits` `[B, T, V]`: log Z − E[logit]."""
+    expected = (logits.softmax(dim=-1) * logits).sum(dim=-1)
+    return logits.logsumexp(dim=-1) - expected
+
+
 def response_logprobs(lm: LanguageModel, batch: Batch) -> Tensor:
     """Log-probabilities `[B, T]` of the response tokens given the prompt; 0 on padding."""
     batch = batch.to(lm.device)
-    losses = F.cross_entropy(response_logits(lm, batch).transpose(1, 2), batch.response_ids, reduction="none")
-    return -losses * batch.response_mask
+    return token_logprobs(response_logits(lm, batch), batch.response_ids) * batch.response_mask
+
+
+class Samples(NamedTuple):
+    """One sampled response to each of B prompts, padded on the right to the longest, T tokens."""
+
+    response_ids: Tensor  # [B, T]
+    response_mask: Tensor  # [B, T], 1 up to and with the end token
+    logprobs: Tensor  # [B, T], under the distribution that was sampled from; 0 on padding
+    hidden: Tensor  # [B, T, D], what the language-model head read; 0 on padding
+
+
+@torch.no_grad()
+def sample(
+    lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+) -> Samples:
+    """Sample from the whole distribution softmax(logits / `temperature`), with a key-value cache.
+
+    Token t of row b is where the cumulative distribution passes `uniforms[b, t]` (`[B, longest response]`,
+    in [0, 1)): a response depends on its own prompt and numbers only, not on the rows beside it. A row that
+    has ended leaves the batch and costs no more.
+    """
+    rows, longest = uniforms.shape
+    prompt_ids, prompt_mask = prompt_ids.to(lm.device), prompt_mask.to(lm.device)
+    uniforms = uniforms.to(lm.device, torch.float64)
+    ends = torch.tensor(lm.model.generation_config.eos_token_id, device=lm.device)
+    ids = torch.full((rows, longest), lm.tokenizer.pad_token_id, device=lm.device)
+    mask = torch.zeros((rows, longest), dtype=torch.int64, device=lm.device)
+    logprobs = torch.zeros((rows, longest), device=lm.device)
+    decoder = _Decoder(lm, prompt_ids, prompt_mask)
+    hidden = torch.zeros((rows, longest, decoder.width), device=lm.device)
+    active = torch.arange(rows, device=lm.device)
+    tokens = None
+    for at in range(longest):
+        logits, read = decoder.step(tokens)
+        scaled = (logits.float() / temperature).log_softmax(dim=-1)
+        tokens = _inverse_cdf(scaled, uniforms[active, at])
+        ids[active, at], mask[active, at] = tokens, 1
+        logprobs[active, at] = scaled.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        hidden[active, at] = read.float()
+        going = ~torch.isin(tokens, ends)
+        if not going.all():
+            active, tokens = active[going], tokens[going]
+            if not len(active):
+                break
+            decoder.keep(going.nonzero().squeeze(1))
+    width = int(mask.sum(dim=1).max())
+    return Samples(ids[:, :width], mask[:, :width], logprobs[:, :width], hidden[:, :width])
+
+
+def _inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token `[B]` at which the cumulative probability of `logprobs` `[B, V]` exceeds `uniforms`
+    `[B]`.
+    """
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    # Scaled by the last sum, so that rounding can leave no gap above it.
+    passed = cumulative > (uniforms * cumulative[:, -1]).unsqueeze(1)
+    return passed.to(torch.uint8).argmax(dim=-1)
+
+
+class _Decoder:
+    """One token after another for a batch of prompts, of which rows can be dropped."""
+
+    def __init__(self, lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        self.width: int = lm.model.get_output_embeddings().weight.shape[1]
+        self._lm, self._mask, self._prompt_ids = lm, prompt_mask, prompt_ids
+        self._cache: Any = None
+        self._encoded: Any = None
+        if lm.is_encoder_decoder:
+            self._encoded = lm.model.get_encoder()(input_ids=prompt_ids, attention_mask=prompt_mask)
+
+    def step(self, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits `[b, V]` and hidden states `[b, D]` behind `tokens` `[b]` (None: behind the prompt)."""
+        if self._lm.is_encoder_decoder:
+            start = self._lm.model.config.decoder_start_token_id
+            begin = self._mask.new_full((len(self._mask),), start)
+            inputs = {
+                "encoder_outputs": self._encoded,
+                "attention_mask": self._mask,
+                "decoder_input_ids": (begin if tokens is None else tokens).unsqueeze(1),
+            }
+        elif tokens is None:
+            positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+            inputs = {
+                "input_ids": self._prompt_ids,
+                "attention_mask": self._mask,
+                "position_ids": positions,
+                "logits_to_keep": 1,
+            }
+        else:
+            self._mask = F.pad(self._mask, (0, 1), value=1)
+            inputs = {
+                "input_ids": tokens.unsqueeze(1),
+                "attention_mask": self._mask,
+                "position_ids": self._mask.sum(dim=1, keepdim=True) - 1,
+            }
+        with _head_inputs(self._lm) as caught:
+            found = self._lm.model(**inputs, past_key_values=self._cache, use_cache=True)
+        self._cache = found.past_key_values
+        return found.logits[:, -1], caught[0][:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with `rows` of the batch only."""
+        self._mask = self._mask[rows]
+        self._cache.batch_select_indices(rows)
+        if self._encoded is not None:
+            self._encoded.last_hidden_state = self._encoded.last_hidden_state[rows]
+
+
+@contextmanager
+def _head_inputs(lm: LanguageModel) -> Iterator[list[Tensor]]:
+    """Collect what the language-model head is given, for the time of the block."""
+    caught: list[Tensor] = []
+    hook = lm.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: caught.append(inputs[0])
+    )
+    try:
+        yield caught
+    finally:
+        hook.remove()
 
 
 def generate(

@@ -64,6 +64,12 @@ def newest_verified(root: Path) -> Path | None:
     return None
 
 
+def keep_newest(root: Path, count: int) -> None:
+    """Remove all checkpoints under `root` but the `count` of the highest steps."""
+    for folder in sorted(_checkpoints(root), key=_step)[:-count]:
+        shutil.rmtree(folder)
+
+
 def remove_others(folder: Path) -> None:
     """Remove the sibling folders of `folder`: checkpoints of other params or inputs."""
     for other in folder.parent.iterdir():

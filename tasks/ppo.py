@@ -1,0 +1,175 @@
+"""The stage `ppo`: the fine-tuned model learns from a reward, and is held near to where it started.
+
+Proximal policy optimisation (tasks/rlhf/trainer.py), watched by a guard (tasks/rlhf/guard.py) that looks at
+held-out prompts through what the reward cannot see. The result is a plain model, its adapter merged in. An
+interrupted run goes on from its last checkpoint and ends with the same bytes.
+
+    python -m tasks.ppo
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from tasks.rlhf.settings import Kl, Part, Rollouts, Update, Watch
+from tasks.stage import Context, DataError, GateRefused, Section, run_stage
+from tasks.stage.fingerprint import hash_file
+
+if TYPE_CHECKING:
+    from tasks.data.records import Example
+    from tasks.lm.model import LanguageModel
+    from tasks.rlhf.assess import Held
+
+
+class Lora(Section):
+    """The policy is a low-rank update, scaled by `alpha` / `r`, of `target_modules` (null: PEFT's choice)."""
+
+    r: PositiveInt
+    alpha: PositiveInt
+    dropout: Literal[0]  # the policy that is updated must be the one that sampled
+    target_modules: list[str] | Literal["all-linear"] | None
+
+
+class Objective(Section):
+    """The objective is taken on `prompts` held-out prompts with `samples` answers each."""
+
+    prompts: PositiveInt
+    samples: PositiveInt
+    bootstrap_samples: PositiveInt
+
+
+class Params(Section):
+    """The section `ppo` of params.yaml.
+
+    The prompts are those of the examples of one `task`. `value_trunk` `separate` gives the value function a
+    copy of the model. `shown` held-out prompts are answered in the report at every look of the guard.
+    """
+
+    task: str
+    method: Literal["lora", "full"]
+    lora: Lora
+    value_trunk: Literal["shared", "separate"]
+    steps: PositiveInt
+    checkpoint_every: PositiveInt
+    rollouts: Rollouts
+    reward: Annotated[dict[str, Part], Field(min_length=1)]
+    kl: Kl
+    update: Update
+    guard: Watch
+    objective: Objective
+    shown: PositiveInt
+
+
+def ppo(
+    params: Params,
+    train_data: Path,
+    validation_data: Path,
+    start: Path,
+    model: Path,
+    reports: Path,
+    context: Context,
+) -> Mapping[str, Any]:
+    """Write the model that PPO makes of the one in `start`, and the reports; return the metrics.
+
+    Raises DataError when a file has no example of the task, UserError when a model of the reward cannot be
+    opened, GateRefused when the guard stops a run that shall not be kept.
+    """
+    from tasks.lm.model import load, save
+    from tasks.lm.peft import merged
+    from tasks.lm.respond import encode_prompts
+    from tasks.lm.train import forget_checkpoints
+    from tasks.metrics.toxicity import oracle
+    from tasks.rlhf.assess import draw_before_and_after, objectives
+    from tasks.rlhf.course import Course
+    from tasks.rlhf.guard import Guard
+    from tasks.rlhf.policy import new_policy
+    from tasks.rlhf.report import write_report
+    from tasks.rlhf.scoring import weighted_sum
+    from tasks.rlhf.trainer import Ppo
+
+    examples = _examples(train_data, params.task)
+    held_out = _examples(validation_data, params.task)
+    context.track.dataset("examples", train_data, hash_file(train_data), len(examples))
+    lm = merged(load(start, context.compute, trainable=True))
+    reward = weighted_sum(params.reward, context.compute)
+    policy = new_policy(
+        lm, params.method, params.lora.model_dump(), params.rollouts.temperature, params.value_trunk
+    )
+    trainer = Ppo(policy, reward, params.kl, params.rollouts, params.update, params.steps, context.seed)
+    watched = _held(lm, held_out[: params.guard.prompts], 1, params.rollouts, context.seed)
+    guard = Guard(params.guard.limits.as_limits())
+    course = Course(trainer, guard, watched, oracle, params.guard, params.shown)
+    course.resume(context.work)
+    prompts = encode_prompts(lm, [example.prompt for example in examples], params.rollouts.max_prompt_tokens)
+    course.run(params.steps, examples, prompts, params.checkpoint_every, context)
+    if course.events and course.events[-1]["act"] == "stop" and params.guard.on_stop == "fail":
+        raise GateRefused(f"ppo: {course.stopped_because}")
+
+    many = _held(
+        lm, held_out[-params.objective.prompts :], params.objective.samples, params.rollouts, context.seed
+    )
+    drawn = draw_before_and_after(policy, reward, many, params.objective.samples, params.rollouts)
+    before, after, kl = drawn
+    metrics = {
+        "reward_before": float(before.mean()),
+        "reward_after": float(after.mean()),
+        "kl": float(kl.mean()),
+        "beta": trainer.beta,
+        **objectives(*drawn, trainer.beta, params.objective.bootstrap_samples, context.seed),
+        "gold_before": course.looks[0]["gold"],
+        "gold_after": course.looks[-1]["gold"],
+        "toxicity_before": course.looks[0]["toxicity"],
+        "toxicity_after": course.looks[-1]["toxicity"],
+        "guard_events": len(course.events),
+        "stopped_because": course.stopped_because,
+        "steps": course.steps_done,
+        "episodes": course.steps_done * params.rollouts.episodes,
+        "trainable_parameters": sum(parameter.numel() for _, parameter in policy.parameters()),
+    }
+    save(policy.answering(), model)
+    write_report(course, metrics, reports)
+    context.track.figure("ppo", reports / "ppo.png")
+    forget_checkpoints(context)
+    return metrics
+
+
+def _held(
+    lm: "LanguageModel", examples: "Sequence[Example]", samples: int, rollouts: Rollouts, seed: int
+) -> "Held":
+    """Held-out examples with the random numbers of `samples` answers to each."""
+    import torch
+
+    from tasks.lm.respond import encode_prompts
+    from tasks.rlhf.assess import Held
+
+    prompts = encode_prompts(lm, [example.prompt for example in examples], rollouts.max_prompt_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(len(examples) * samples, rollouts.max_response_tokens, generator=generator)
+    return Held(examples, prompts, draws)
+
+
+def _examples(path: Path, task: str) -> "list[Example]":
+    from tasks.data.records import read_examples
+
+    found = read_examples(path, [task])
+    if not found:
+        raise DataError(f"ppo.task is {task}, but {path} has no example of it")
+    return found
+
+
+if __name__ == "__main__":
+    run_stage(
+        "ppo",
+        Params,
+        lambda params, context: ppo(
+            params,
+            Path("data/examples/train.jsonl"),
+            Path("data/examples/validation.jsonl"),
+            Path("models/finetune"),
+            Path("models/ppo"),
+            Path("reports/ppo"),
+            context,
+        ),
+    )

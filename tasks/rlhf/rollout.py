@@ -1,0 +1,121 @@
+"""Rollouts: the policy's own answers to a batch of prompts, with all that an update needs to know of them.
+
+Each prompt is read once and each token sampled once. The log-probabilities and values are those of the sampling
+pass itself; the reference and the reward then read the finished answers. Prompts are answered together with
+others of similar length. Left out: prompts answered by another engine.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tasks.data.records import Example
+from tasks.lm.respond import Batch, batches_by_length, collate, sample
+from tasks.rlhf.policy import Policy
+
+
+class Scores(NamedTuple):
+    """The reward of N answers, and what each of its parts contributed."""
+
+    total: list[float]
+    parts: Mapping[str, list[float]]
+
+
+class Reward(Protocol):
+    """What answers are worth; `total` is the (weighted) sum of `parts`."""
+
+    def __call__(self, examples: Sequence[Example], answers: Sequence[str]) -> Scores:
+        """Return the scores of one answer to each example."""
+
+
+class Responses(NamedTuple):
+    """N sampled responses, in the order of their prompts; padded on the right."""
+
+    response_ids: Tensor  # [N, T]
+    mask: Tensor  # [N, T], 1 on real tokens, the end token among them
+    logprobs: Tensor  # [N, T], 0 on padding
+    values: Tensor  # [N, T], 0 on padding; of no use where the critic has a trunk of its own
+    ended: Tensor  # [N] bool, whether the response closes with the end token
+    answers: list[str]
+
+
+class Rollout(NamedTuple):
+    """N episodes."""
+
+    prompts: Sequence[Sequence[int]]  # token ids
+    responses: Responses
+    ref_logprobs: Tensor  # [N, T], 0 on padding
+    scores: Scores
+
+    @property
+    def mask(self) -> Tensor:
+        """1 on the real tokens of the responses, `[N, T]`."""
+        return self.responses.mask
+
+
+def respond_by_sampling(
+    policy: Policy, prompts: Sequence[Sequence[int]], uniforms: Tensor, batch_size: int
+) -> Responses:
+    """Sample one response to each of N prompts (token ids) from `uniforms` `[N, T]`.
+
+    A response depends on its own prompt and uniforms alone, not on the batch it was sampled in.
+    """
+    rows_of, found = [], []
+    with torch.no_grad():
+        for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+            batch = collate(policy.lm, [prompts[row] for row in rows], [[] for _ in rows])
+            drawn = sample(policy.lm, batch.prompt_ids, batch.prompt_mask, uniforms[rows], policy.temperature)
+            values = policy.values(drawn.hidden) * drawn.response_mask
+            rows_of.append(torch.tensor(rows))
+            found.append((drawn.response_ids, drawn.response_mask, drawn.logprobs, values))
+    order = torch.cat(rows_of).argsort()
+    ids, mask, logprobs, values = (
+        _stacked([part[field] for part in found])[order] for field in range(len(found[0]))
+    )
+    lengths = mask.sum(dim=1)
+    last = ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
+    ends = torch.tensor(policy.lm.model.generation_config.eos_token_id)
+    kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    texts = policy.lm.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return Responses(ids, mask, logprobs, values, torch.isin(last, ends), [text.strip() for text in texts])
+
+
+def collect(
+    policy: Policy,
+    reward: Reward,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    uniforms: Tensor,
+    batch_size: int,
+) -> Rollout:
+    """Answer N prompts (the examples' own, as token ids), and have the answers scored."""
+    responses = respond_by_sampling(policy, prompts, uniforms, batch_size)
+    ref_logprobs = torch.zeros_like(responses.logprobs)
+    values = responses.values
+    for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        batch, width = part(policy, prompts, responses, rows)
+        found = policy.reference_logprobs(batch).cpu() * responses.mask[rows, :width]
+        ref_logprobs[rows, :width] = found
+        if policy.critic is not None:
+            with torch.no_grad():
+                values[rows, :width] = policy.evaluate(batch).values.cpu() * responses.mask[rows, :width]
+    scores = reward(examples, responses.answers)
+    return Rollout(prompts, responses, ref_logprobs, scores)
+
+
+def part(
+    policy: Policy, prompts: Sequence[Sequence[int]], responses: Responses, rows: Sequence[int]
+) -> tuple[Batch, int]:
+    """The episodes at `rows` as a batch with no more padding than they need, and how many tokens wide."""
+    lengths = responses.mask[rows].sum(dim=1).tolist()
+    ids = [responses.response_ids[row, :length].tolist() for row, length in zip(rows, lengths, strict=True)]
+    return collate(policy.lm, [prompts[row] for row in rows], ids), max(lengths)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors `[b, t]` under one another, on the CPU, the narrower ones padded with 0."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor.cpu(), (0, width - tensor.shape[1])) for tensor in tensors])

@@ -1,0 +1,129 @@
+"""The settings of PPO, as they stand in params.yaml."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from tasks.rlhf.guard import Limits
+from tasks.stage import Section
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Kl(Section):
+    """What leaving the reference costs: `beta` for each nat.
+
+    With a `target` (nats a response), β is adapted towards it, slowly over `horizon` episodes; with null it
+    stays.
+    """
+
+    beta: NonNegativeFloat
+    target: PositiveFloat | None
+    horizon: PositiveInt
+
+
+class Rollouts(Section):
+    """`episodes` prompts are answered in each step, `batch_size` of them at once.
+
+    A prompt longer than `max_prompt_tokens` loses its middle. Sampling is at `temperature` from the whole
+    distribution: that, and nothing narrower, is the policy. A response that has not ended after
+    `max_response_tokens` is cut, and its score lowered by `unfinished_penalty`.
+    """
+
+    episodes: PositiveInt
+    batch_size: PositiveInt
+    max_prompt_tokens: PositiveInt
+    max_response_tokens: PositiveInt
+    temperature: PositiveFloat
+    unfinished_penalty: NonNegativeFloat
+
+
+class Update(Section):
+    """How the policy learns from the episodes of a step.
+
+    They are read `epochs` times, in `minibatches` parts with an optimizer step each, `micro_batch_size` of
+    them (null: all of a part) in one pass. `gamma` and `lam` are those of generalised advantage estimation,
+    `clip` and `value_clip` the ranges of the two losses; the value loss counts `value_weight` times. The
+    learning rate falls linearly to 0, gradients are clipped to the norm `max_grad_norm`, and the step ends
+    early once the policy is `stop_at_kl` nats a token (null: never) from the one that sampled.
+    """
+
+    learning_rate: PositiveFloat
+    epochs: PositiveInt
+    minibatches: PositiveInt
+    micro_batch_size: PositiveInt | None
+    gamma: Share
+    lam: Share
+    clip: PositiveFloat
+    value_clip: PositiveFloat
+    value_weight: NonNegativeFloat
+    max_grad_norm: PositiveFloat
+    stop_at_kl: PositiveFloat | None
+
+
+class GuardLimits(Section):
+    """What the guard tolerates, against the first look (tasks/rlhf/guard.py tells what each limit is)."""
+
+    gold_drop: NonNegativeFloat
+    gold_drop_hard: NonNegativeFloat
+    toxicity_rise: NonNegativeFloat
+    z: NonNegativeFloat
+    kl: PositiveFloat
+    length_ratio_low: NonNegativeFloat
+    length_ratio_high: PositiveFloat
+    distinct_2: NonNegativeFloat
+
+    def as_limits(self) -> Limits:
+        """The same numbers for the guard, which knows nothing of params."""
+        return Limits(**self.model_dump())
+
+
+class Watch(Section):
+    """The guard: every `every` steps it looks at `prompts` held-out prompts.
+
+    On a breach of `limits` it warns, then multiplies β by `raise_beta` (to `least_beta` at least), then
+    goes back to the best state so far, then stops. A run it has stopped keeps that best state (`on_stop:
+    keep`), or ends the stage without a model (`fail`).
+    """
+
+    every: PositiveInt
+    prompts: Annotated[int, Field(ge=2)]
+    limits: GuardLimits
+    raise_beta: Annotated[float, Field(ge=1)]
+    least_beta: NonNegativeFloat
+    on_stop: Literal["keep", "fail"]
+
+
+class ModelPart(Section):
+    """The score of a sequence classifier: a folder or a hub id (at `revision`).
+
+    `label` names one of a classifier's labels, whose logit is the score; null: a reward model's one score. With
+    `squash` the score goes through the logistic function: of a reward model whose reference answers score 0 on
+    average, that is the chance that people prefer the answer to such a reference (Bradley & Terry, 1952).
+    """
+
+    kind: Literal["model"]
+    source: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    label: str | None
+    squash: bool
+    batch_size: PositiveInt
+    weight: float
+
+
+class OraclePart(Section):
+    """1 for an answer without an insult of the synthetic corpus, else 0."""
+
+    kind: Literal["oracle"]
+    weight: float
+
+
+class LengthPart(Section):
+    """The words of an answer beyond the first `free_words`: with a negative weight, a length penalty."""
+
+    kind: Literal["length"]
+    free_words: NonNegativeInt
+    weight: float
+
+
+Part = Annotated[ModelPart | OraclePart | LengthPart, Field(discriminator="kind")]

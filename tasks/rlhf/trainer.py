@@ -1,0 +1,175 @@
+"""Proximal policy optimisation of a language model (arXiv 1707.06347, as in 1909.08593 and 2203.02155).
+
+`Ppo.step` is one step of the algorithm: answer, score, estimate advantages, update. Its random numbers come
+from the seed and the number of the step, so that the step count is all the random state there is.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tasks.data.records import Example
+from tasks.metrics.surface import distinct_2
+from tasks.rlhf.advantages import gae
+from tasks.rlhf.losses import explained_variance, policy_loss, value_loss
+from tasks.rlhf.masked import masked_mean, masked_sum, whiten
+from tasks.rlhf.policy import Policy
+from tasks.rlhf.rewards import adaptive_beta, k1, k3, penalise_unfinished, token_rewards
+from tasks.rlhf.rollout import Reward, Rollout, collect, part
+from tasks.rlhf.settings import Kl, Rollouts, Update
+
+ADAM_EPS = 1e-5  # arXiv 2403.17031, detail 17
+
+
+class Change(NamedTuple):
+    """What one optimizer step saw, each the mean over the tokens of its minibatch."""
+
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    clip_fraction: float
+    value_clip_fraction: float
+    kl: float  # nats, of the policy from the one that sampled
+
+
+class Ppo:
+    """A policy in training: the policy, its optimizer, and β.
+
+    Args:
+        policy: what is trained, in place.
+        reward: what answers are worth.
+        steps: how many steps there will be, for the learning rate.
+    """
+
+    def __init__(
+        self, policy: Policy, reward: Reward, kl: Kl, rollouts: Rollouts, update: Update, steps: int, seed: int
+    ) -> None:
+        self.policy, self.reward, self.kl, self.rollouts, self.settings = policy, reward, kl, rollouts, update
+        self.beta = kl.beta
+        self._steps, self._seed = steps, seed
+        self._named = dict(policy.parameters())
+        self._optimizer = torch.optim.Adam(self._named.values(), lr=update.learning_rate, eps=ADAM_EPS)
+
+    def step(
+        self, number: int, examples: Sequence[Example], prompts: Sequence[Sequence[int]]
+    ) -> dict[str, float]:
+        """Take step `number` (from 0) on N examples, whose prompts are given as token ids; return what it
+        saw.
+        """
+        settings, generator = self.settings, self.generator(number)
+        self._optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - number / self._steps)
+        uniforms = torch.rand(len(prompts), self.rollouts.max_response_tokens, generator=generator)
+        rollout = collect(self.policy, self.reward, examples, prompts, uniforms, self.rollouts.batch_size)
+        responses, mask = rollout.responses, rollout.mask
+        scores = penalise_unfinished(
+            torch.tensor(rollout.scores.total), responses.ended, self.rollouts.unfinished_penalty
+        )
+        rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, self.beta)
+        advantages, returns = gae(rewards, responses.values, mask, settings.gamma, settings.lam)
+        advantages = whiten(advantages, mask)
+        changes = []
+        for rows in minibatches(len(prompts), settings.epochs, settings.minibatches, generator):
+            changes.append(self._update(rollout, rows, advantages, returns))
+            if settings.stop_at_kl is not None and changes[-1].kl > settings.stop_at_kl:
+                break
+        seen = report(rollout, returns, changes) | {"beta": self.beta}
+        if self.kl.target is not None:
+            self.beta = adaptive_beta(self.beta, seen["kl"], self.kl.target, len(prompts), self.kl.horizon)
+        return seen
+
+    def _update(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> Change:
+        """One optimizer step on the episodes at `rows`: the mean over all their tokens, however they are
+        cut up.
+        """
+        settings, old = self.settings, rollout.responses
+        tokens = int(rollout.mask[rows].sum())
+        size = settings.micro_batch_size or len(rows)
+        sums = torch.zeros(len(Change._fields))
+        self._optimizer.zero_grad()
+        for at in range(0, len(rows), size):
+            some = rows[at : at + size]
+            batch, width = part(self.policy, rollout.prompts, old, some)
+            new = self.policy.evaluate(batch)
+            mask, device = batch.response_mask.to(new.logprobs.device), new.logprobs.device
+            were, valued, gained, due = (
+                tensor[some, :width].to(device) for tensor in (old.logprobs, old.values, advantages, returns)
+            )
+            acting = policy_loss(new.logprobs, were, gained, mask, settings.clip)
+            valuing = value_loss(new.values, valued, due, mask, settings.value_clip)
+            ((acting.total + settings.value_weight * valuing.total) / tokens).backward()  # type: ignore[no-untyped-call]
+            sums += torch.stack(
+                [acting.total, valuing.total, masked_sum(new.entropy, mask), acting.clipped, valuing.clipped,
+                 acting.kl]
+            ).detach().cpu()  # fmt: skip
+        torch.nn.utils.clip_grad_norm_(self._named.values(), settings.max_grad_norm)
+        self._optimizer.step()
+        return Change(*(sums / tokens).tolist())
+
+    def generator(self, number: int) -> torch.Generator:
+        """The random numbers of step `number`."""
+        return torch.Generator().manual_seed((self._seed << 32) + number)
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that a resumed run needs, by name: what is trained, and Adam's moments of it."""
+        moments = self._optimizer.state
+        return {name: parameter.detach().clone() for name, parameter in self._named.items()} | {
+            f"adam.{moment}.{name}": value.detach().clone()
+            for name, parameter in self._named.items()
+            for moment, value in moments[parameter].items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a `state`."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(state[name])
+        self._optimizer.state.clear()
+        for name, parameter in self._named.items():
+            found = {
+                moment: state[key].clone()
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+                if (key := f"adam.{moment}.{name}") in state
+            }
+            if found:
+                self._optimizer.state[parameter] = found
+
+
+def minibatches(episodes: int, epochs: int, parts: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yield the row numbers of each optimizer step: every epoch sees every episode once, in a new order."""
+    size = math.ceil(episodes / parts)
+    for _ in range(epochs):
+        order: list[int] = torch.randperm(episodes, generator=generator).tolist()
+        yield from (order[at : at + size] for at in range(0, episodes, size))
+
+
+def report(rollout: Rollout, returns: Tensor, changes: Sequence[Change]) -> dict[str, float]:
+    """What a step saw: of its episodes, and of its optimizer steps (their mean; `update_kl` is the last
+    one's).
+    """
+    responses, mask = rollout.responses, rollout.mask
+    leaving = (responses.logprobs, rollout.ref_logprobs)
+    episodes = len(rollout.prompts)
+    mean = Change(*torch.tensor(changes).mean(dim=0).tolist())
+    parts: dict[str, Any] = {
+        f"reward_{name}": sum(values) / episodes for name, values in rollout.scores.parts.items()
+    }
+    return parts | {
+        "reward": sum(rollout.scores.total) / episodes,
+        "kl": float(masked_sum(k1(*leaving), mask)) / episodes,
+        "kl_k3": float(masked_sum(k3(*leaving), mask)) / episodes,
+        "entropy": mean.entropy,
+        "policy_loss": mean.policy_loss,
+        "value_loss": mean.value_loss,
+        "clip_fraction": mean.clip_fraction,
+        "value_clip_fraction": mean.value_clip_fraction,
+        "explained_variance": float(explained_variance(responses.values, returns, mask)),
+        "value": float(masked_mean(responses.values, mask)),
+        "update_kl": changes[-1].kl,
+        "updates": len(changes),
+        "response_tokens": float(mask.sum()) / episodes,
+        "ended": float(responses.ended.float().mean()),
+        "distinct_2": distinct_2(responses.answers),
+    }
