@@ -82,11 +82,14 @@ class Change:
 
 
 class StageError(Exception):
-    """A stage did not end well: `code` is its exit code, `message` one line, `log` the file with its output."""
+    """A stage did not end well: `code` is its exit code, `message` one line, `log` the file with its output.
 
-    def __init__(self, stage: str, code: int, message: str, log: Path) -> None:
+    `made` says that its outputs are there all the same, and DVC alone failed.
+    """
+
+    def __init__(self, stage: str, code: int, message: str, log: Path, made: bool = False) -> None:
         super().__init__(f"{stage}: {message}")
-        self.stage, self.code, self.message, self.log = stage, code, message, log
+        self.stage, self.code, self.message, self.log, self.made = stage, code, message, log, made
 
     @property
     def crashed(self) -> bool:
@@ -95,8 +98,11 @@ class StageError(Exception):
 
     @property
     def worth_retrying(self) -> bool:
-        """Crashes and "try again later" may pass; wrong params, wrong data and a gate's refusal stay."""
-        return self.code not in NO_RETRY
+        """Crashes and "try again later" may pass; wrong params, wrong data and a gate's refusal stay.
+
+        DVC would first delete what is made.
+        """
+        return self.code not in NO_RETRY and not self.made
 
 
 def read_graph(root: Path) -> dict[str, Stage]:
@@ -154,8 +160,14 @@ def run_stage(
         if status == 0:
             return _how(output)
         after = exit_record(root, name)
-        if after != before and after["exit_code"] != 0:
+        ended = after != before
+        if ended and after["exit_code"] != 0:
             raise StageError(name, after["exit_code"], after["message"], log)
+        if full := re.search(r"^ERROR: .*(No space left on device.*)", output, re.MULTILINE):
+            message = f"{full[1]}: make room and run again"
+            if ended:
+                message = f"{full[1]}: make room, and `dvc commit --force {name}` keeps what the stage has made"
+            raise StageError(name, TRY_AGAIN, message, log, made=ended)
         blocker = _lock_trouble(output)
         if blocker is None:
             raise StageError(name, *_outcome(status, output), log)

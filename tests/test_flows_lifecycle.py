@@ -134,6 +134,20 @@ def test_force_runs_all_again_and_leaves_the_same_lock(tmp_path: Path, served: s
     assert (toy.root / "dvc.lock").read_bytes() == before
 
 
+def test_a_preset_and_force_leave_the_same_lock_however_often(tmp_path: Path, served: str) -> None:
+    toy = build(tmp_path / "toy", {"a": []}, light=True)
+    preset = toy.root / "presets" / "other.yaml"
+    preset.parent.mkdir()
+    preset.write_text("a: {text: another}\n")
+    locks = []
+    for arguments in (["--preset", "other"], ["--preset", "other"], ["--force"], ["--force"]):
+        toy.lifecycle("run", *arguments)
+        locks.append(toy.lock())
+    assert toy.starts() == ["a"] * 3, "the second time the preset changes nothing"
+    assert locks == locks[:1] * 4
+    assert locks[0]["stages"]["a"]["params"]["params.yaml"]["a"]["text"] == "another"
+
+
 def test_prefect_has_a_task_for_each_stage_and_only_what_changed_runs(tmp_path: Path, served: str) -> None:
     toy = build(tmp_path / "toy", DIAMOND, light=True)
     toy.dvc("repro")
@@ -377,8 +391,9 @@ def test_a_full_disk_costs_the_run_but_not_the_next_one(tmp_path: Path, served: 
         toy.set("a", text="long " * 2000)
         with filler.open("wb") as file:
             file.write(b"x" * 60_000)
-        failed = toy.lifecycle("run", code=1)
-        assert "No space left on device" in failed.stderr
+        failed = toy.lifecycle("run", code=75)
+        assert "a failed: No space left on device" in failed.stderr
+        assert toy.starts() == ["a"], "tried again, DVC would first delete what the stage has made"
         filler.unlink()
         toy.lifecycle("run")
         toy.lifecycle("verify")
