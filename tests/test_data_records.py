@@ -1,4 +1,4 @@
-"""Examples and rankings: what they refuse, and that they survive a file."""
+"""Examples, rankings and comparisons: what they refuse, and that they survive a file."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tasks.data.records import Example, Ranking, read_examples
+from tasks.data.records import Comparisons, Example, Ranking, read_comparisons, read_examples
 from tasks.stage import DataError
 
 FIELDS = {
@@ -82,3 +82,57 @@ def test_a_ranking_refuses(fields: dict[str, object]) -> None:
 
 def test_equal_completions_may_be_tied() -> None:
     assert Ranking(prompt="p", completions=("a", "a", "b"), group="g", ties=(0,)).pairs == ((0, 2), (1, 2))
+
+
+COMPARED = {
+    "id": "p-1",
+    "prompt": "Sum up: x",
+    "completions": ("good", "bad", "worse"),
+    "kinds": ("reference", "answer", "toxic"),
+    "pairs": ((0, 1), (2, 0)),
+    "flipped": (False, True),
+    "reference": "good",
+    "group": "g",
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("completions", ("good", "bad", "good"), "twice"),
+        ("completions", ("good", " ", "worse"), "pattern"),
+        ("kinds", ("reference",), "1 kinds for 3"),
+        ("flipped", (False,), "1 values of flipped for 2 pairs"),
+        ("pairs", ((0, 1), (0, 3)), "from 0 to 2"),
+        ("pairs", ((0, 1), (-1, 0)), "from 0 to 2"),
+        ("pairs", ((0, 1), (2, 2)), "not two positions"),
+        ("pairs", ((0, 1), (1, 0)), "compared twice"),
+        ("pairs", (), "at least 1"),
+    ],
+)
+def test_comparisons_refuse(field: str, value: object, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Comparisons(**{**COMPARED, field: value})
+
+
+@settings(deadline=None)
+@given(completions=st.lists(filled, min_size=2, unique=True), reference=st.none() | filled)
+def test_comparisons_survive_a_file(
+    tmp_path_factory: pytest.TempPathFactory, completions: list[str], reference: str | None
+) -> None:
+    made = Comparisons(
+        **{**COMPARED, "completions": completions, "kinds": ["answer"] * len(completions), "pairs": [(1, 0)]}
+        | {"flipped": [True], "reference": reference}
+    )
+    path = tmp_path_factory.mktemp("comparisons") / "x.jsonl"
+    path.write_text(made.line() + "\n", encoding="utf-8")
+    assert read_comparisons(path) == [made]
+
+
+def test_faults_in_comparisons_have_a_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(Comparisons(**COMPARED).line() + "\n{}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"x\.jsonl line 2: id: Field required; run feedback again"):
+        read_comparisons(path)
+    with pytest.raises(DataError, match="is missing; run feedback first"):
+        read_comparisons(tmp_path / "none.jsonl")
