@@ -67,16 +67,16 @@ class Workplace:
         }
         (self.root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
 
-    def start(self, stage: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", "PYTHONPATH": str(ROOT)}
+    def start(self, stage: str, **extra: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", "PYTHONPATH": str(ROOT), **extra}
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", f"tasks.{stage}"], cwd=self.root, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def run(self, stage: str, code: int = 0) -> str:
+    def run(self, stage: str, code: int = 0, **extra: str) -> str:
         """Run a stage to its end, which must be exit code `code`; return what it said."""
-        process = self.start(stage)
+        process = self.start(stage, **extra)
         _, said = process.communicate(timeout=120)
         assert process.returncode == code, said
         return said

@@ -1,9 +1,14 @@
 """Only a checkpoint that is byte for byte what was written is resumed."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import KILL, before, fault
 
 from tasks.stage import checkpoints
 from tasks.stage.files import write_text
@@ -97,6 +102,47 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
         write_text(folder / "weights", "half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+SAVE_TWO = """
+from pathlib import Path
+from tasks.stage import checkpoints
+for step in (1, 2):
+    with checkpoints.save(Path("work"), step) as folder:
+        for name in ("weights", "optimizer"):
+            (folder / name).write_text(f"{name} {step}")
+"""
+MOMENTS = {
+    "between two of its files": ("tasks.stage.checkpoints", before("Path.write_text", KILL, call=4)),
+    "before it is brought to the disk": ("tasks.stage.checkpoints", before("sync_tree", KILL, call=2)),
+    "before its manifest is written": ("tasks.stage.checkpoints", before("write_json", KILL, call=2)),
+    "before its manifest has its name": ("tasks.stage.files", before("Path.replace", KILL, call=2)),
+    "before it has its name": ("tasks.stage.files", before("Path.rename", KILL, call=2)),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_it_is_saved_a_checkpoint_does_not_count_and_is_saved_again(
+    moment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = os.environ | fault(tmp_path, *MOMENTS[moment])
+    killed = subprocess.run([sys.executable, "-c", SAVE_TWO], cwd=tmp_path, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    work = tmp_path / "work"
+    assert checkpoints.newest_verified(work) == work / "checkpoint-1"
+    assert capsys.readouterr().err == ""
+    assert len(list(work.iterdir())) == 2, "what the killed writer left is there, under no checkpoint's name"
+    make(work, 2)
+    assert checkpoints.newest_verified(work) == work / "checkpoint-2"
+    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_folder_is_sealed_after_a_kill_cut_its_seal_short(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    write_text(folder / "optimizer.pt", "x")
+    write_text(folder / f".{checkpoints.MANIFEST}.tmp-1", "{")
+    checkpoints.seal(folder)
+    assert checkpoints.problem(folder) is None
 
 
 def test_checkpoints_of_other_inputs_are_removed(tmp_path: Path) -> None:

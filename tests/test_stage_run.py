@@ -144,8 +144,13 @@ def test_a_good_run_writes_sorted_metrics_and_says_so(workspace: Workspace) -> N
         ("data", 2, "toy: rows.jsonl:3: no output\n"),
         ("gate", 3, "toy: accuracy .5 is below .6\n"),
         ("busy", 75, "toy: the server is away\n"),
-        ("full", 75, "toy: [Errno 28] No space left on device\n"),
-        ("full, says a library", 75, "toy: write failed: No space left on device (os error 28)\n"),
+        ("full", 75, "toy: the disk is full ([Errno 28] No space left on device): make room and run again\n"),
+        (
+            "full, says a library",
+            75,
+            "toy: the disk is full (write failed: No space left on device (os error 28)): "
+            "make room and run again\n",
+        ),
         ("[1]", 2, "toy: params.yaml: toy.does: found [1], expected a valid string\n"),
     ],
 )

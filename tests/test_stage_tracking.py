@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -291,15 +292,15 @@ def test_a_cached_stage_is_linked_to_the_run_of_an_earlier_pipeline(workspace: P
     assert linked == ("stage.toy.run_id", first[0])
 
 
+def _full(_descriptor: int, _content: bytes) -> int:
+    raise OSError(28, os.strerror(28))
+
+
 def test_a_full_disk_stops_the_recording_and_nothing_else(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Recorder("toy", {})
-
-    def full(_descriptor: int, _content: bytes) -> int:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(recorder_module.os, "write", full)
+    monkeypatch.setattr(recorder_module.os, "write", _full)
     run.metrics({"loss": 1.0})
     run.metrics({"loss": 1.0})
     run.artifact(workspace / "toy.py")
@@ -307,6 +308,50 @@ def test_a_full_disk_stops_the_recording_and_nothing_else(
     assert capsys.readouterr().err.splitlines() == [
         "warning: nothing more is recorded about this run: [Errno 28] No space left on device"
     ]
+
+
+def test_a_full_disk_does_not_keep_the_stage_waiting_for_its_sender(
+    workspace: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Recorder("toy", {})
+    run.start_sending()
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder_module.os, "write", _full)
+        assert run.end("FINISHED") is None
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert upload().sent == [run.id]
+    assert runs(mlflow_store) == [("toy", "KILLED")], "how it ended could not be written"
+
+
+def test_a_store_whose_disk_is_full_takes_the_run_later_once(
+    workspace: Path, mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        store = f"sqlite:///{shutil.copy(mlflow_template, disk / 'mlflow.db')}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        errors = run_stage(workspace)
+        assert errors.count("\n") == 1
+        assert "disk is full" in errors or "No space left" in errors
+        assert "`lifecycle upload` sends it later" in errors
+        metrics = (workspace / "metrics/toy.json").read_bytes()
+        filler.unlink()
+        run_stage(workspace, LIFECYCLE_TRACKING="off")
+        assert (workspace / "metrics/toy.json").read_bytes() == metrics
+        (recording,) = spooled(workspace)
+        assert upload().sent == [recording]
+        assert runs(store) == [("toy", "FINISHED")]
+        assert rows(store, "select count(*) from metrics where key = 'loss'") == [(4,)]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_line_cut_short_by_a_kill_is_passed_over(workspace: Path, mlflow_store: str) -> None:

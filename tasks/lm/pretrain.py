@@ -1,12 +1,13 @@
 """What a base model learns from raw text.
 
-A seq2seq model learns to fill gaps (span corruption, T5, 1910.10683 §3.1.4) and, for a share of the texts, to
-continue them (prefix language modelling: UL2, 2205.05131; LM adaptation, 2104.08691): without that share a T5
-can fill gaps but not write. A causal model predicts every next token of whole documents packed into blocks.
+A share of the texts is continued: the loss is on what stands behind a cut alone (prefix language modelling:
+UL2, 2205.05131; LM adaptation, 2104.08691). From the others a seq2seq model learns to fill gaps (span
+corruption, T5, 1910.10683 §3.1.4), and a causal model predicts every next token. Without the first share a
+T5 can fill gaps but not write, and a small causal model spends its time on words that nobody can foretell.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ def cut(lm: LanguageModel, part: Part, where: float) -> Pair:
         return continuation(lm, part.ids, 1 + int(where * (len(part.ids) - 1)))
     paragraphs = part.text.split(PARAGRAPH)
     first = 1 + int(where * (len(paragraphs) - 1))
-    halves = [PARAGRAPH.join(paragraphs[:first]), PARAGRAPH.join(paragraphs[first:])]
+    between = "" if lm.is_encoder_decoder else PARAGRAPH  # a causal model reads on in the same text
+    halves = [PARAGRAPH.join(paragraphs[:first]) + between, PARAGRAPH.join(paragraphs[first:])]
     prompt, response = lm.tokenizer(halves, add_special_tokens=False, verbose=False)["input_ids"]
     return closed(lm, prompt, response)
 
@@ -77,39 +79,44 @@ def objective(
 ) -> tuple[list[int], Callable[[int], Pair]]:
     """Lengths of the rows to train on, and the function from a draw (epoch * rows + row) to its pair.
 
-    Every draw of a seq2seq model makes new gaps. Raises ParamsError when the tokenizer has no sentinels.
+    Every draw makes new cuts and gaps. Raises ParamsError when the tokenizer has too few sentinels.
     """
-    if not lm.is_encoder_decoder:
-        return _next_token(lm, texts, max_tokens)
-    parts = documents(lm, texts, max_tokens)
-    sentinels = sentinel_ids(lm)
-    if prefix_share < 1 and len(sentinels) < sentinels_needed(max_tokens, corrupted, mean_span):
-        raise ParamsError(
-            f"base.pretraining: {len(sentinels)} sentinel tokens <extra_id_N> in the tokenizer are too few for "
-            "span corruption; lower max_tokens or set prefix_share to 1"
-        )
+    rest = (
+        _gaps(lm, max_tokens, corrupted, mean_span, prefix_share) if lm.is_encoder_decoder else _next_token(lm)
+    )
+    room = max_tokens if lm.is_encoder_decoder else max_tokens - 2  # a causal text has a start and an end token
+    parts = documents(lm, texts, room)
 
     def pair(draw: int) -> Pair:
         part = parts[draw % len(parts)]
         generator = np.random.default_rng((seed, draw))
         if generator.random() < prefix_share:
             return cut(lm, part, generator.random())
-        return span_corruption(part.ids, sentinels, lm.tokenizer.eos_token_id, corrupted, mean_span, generator)
+        return rest(part, generator)
 
     return [len(part.ids) for part in parts], pair
 
 
-def _next_token(
-    lm: LanguageModel, texts: Sequence[str], max_tokens: int
-) -> tuple[list[int], Callable[[int], Pair]]:
-    wholes = [whole_text(lm, part.ids) for part in documents(lm, texts, max_tokens - 2)]  # start and end token
-    blocks = list(packed(wholes, max_tokens))
+Task = Callable[[Part, np.random.Generator], Pair]
 
-    def pair(draw: int) -> Pair:
-        block = blocks[draw % len(blocks)]
-        return block[:1], block[1:]
 
-    return [len(block) for block in blocks], pair
+def _gaps(lm: LanguageModel, max_tokens: int, corrupted: float, mean_span: float, prefix_share: float) -> Task:
+    sentinels = sentinel_ids(lm)
+    if prefix_share < 1 and len(sentinels) < sentinels_needed(max_tokens, corrupted, mean_span):
+        raise ParamsError(
+            f"base.pretraining: {len(sentinels)} sentinel tokens <extra_id_N> in the tokenizer are too few for "
+            "span corruption; lower max_tokens or set prefix_share to 1"
+        )
+    end = lm.tokenizer.eos_token_id
+    return lambda part, generator: span_corruption(part.ids, sentinels, end, corrupted, mean_span, generator)
+
+
+def _next_token(lm: LanguageModel) -> Task:
+    def pair(part: Part, _: np.random.Generator) -> Pair:
+        text = whole_text(lm, part.ids)
+        return text[:1], text[1:]
+
+    return pair
 
 
 def span_corruption(
@@ -136,18 +143,6 @@ def span_corruption(
         response += [sentinel, *ids[at + keep : at + keep + drop]]
         at += keep + drop
     return [*prompt, end], [*response, sentinels[spans], end]
-
-
-def packed(parts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Whole documents behind one another, as many as fit in blocks of `max_tokens`."""
-    block: list[int] = []
-    for part in parts:
-        if block and len(block) + len(part) > max_tokens:
-            yield block
-            block = []
-        block = block + part
-    if block:
-        yield block
 
 
 def sentinels_needed(max_tokens: int, corrupted: float, mean_span: float) -> int:

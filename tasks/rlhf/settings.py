@@ -49,6 +49,7 @@ class Update(Section):
     """
 
     learning_rate: PositiveFloat
+    value_learning_rate: PositiveFloat
     epochs: PositiveInt
     minibatches: PositiveInt
     micro_batch_size: PositiveInt | None

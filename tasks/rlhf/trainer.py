@@ -51,7 +51,10 @@ class Ppo:
         self.beta = kl.beta
         self._steps, self._seed = steps, seed
         self._named = dict(policy.parameters())
-        self._optimizer = torch.optim.Adam(self._named.values(), lr=update.learning_rate, eps=ADAM_EPS)
+        head = list(policy.value_head.parameters())
+        others = [each for name, each in self._named.items() if not name.startswith("value_head.")]
+        self._rates = (update.learning_rate, update.value_learning_rate)
+        self._optimizer = torch.optim.Adam([{"params": others}, {"params": head}], eps=ADAM_EPS)
 
     def step(
         self, number: int, examples: Sequence[Example], prompts: Sequence[Sequence[int]]
@@ -60,7 +63,8 @@ class Ppo:
         saw.
         """
         settings, generator = self.settings, self.generator(number)
-        self._optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - number / self._steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * (1 - number / self._steps)
         uniforms = torch.rand(len(prompts), self.rollouts.max_response_tokens, generator=generator)
         rollout = collect(self.policy, self.reward, examples, prompts, uniforms, self.rollouts.batch_size)
         responses, mask = rollout.responses, rollout.mask

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.stage.errors import say
-from tasks.stage.files import new_folder, sync_tree, write_json
+from tasks.stage.files import new_folder, remove_leftovers, sync_tree, write_json
 from tasks.stage.fingerprint import hash_file
 
 MANIFEST = "manifest.json"
@@ -28,6 +28,7 @@ def save(root: Path, step: int) -> Iterator[Path]:
 
 def seal(folder: Path) -> None:
     """Bring a finished checkpoint folder to the disk and write its manifest."""
+    remove_leftovers(folder / MANIFEST)
     (folder / MANIFEST).unlink(missing_ok=True)
     sync_tree(folder)
     write_json(folder / MANIFEST, {name: hash_file(folder / name) for name in _files(folder)})

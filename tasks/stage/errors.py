@@ -6,6 +6,8 @@ Every message is one line that says what is wrong, where, and how to mend it.
 import errno
 import sys
 
+FULL_DISK = ("No space left on device", "iostream error", "PytorchStreamWriter failed")
+
 
 class UserError(Exception):
     """Wrong use, params or data; a retry would not help. Exit code 2."""
@@ -53,15 +55,25 @@ def exit_code(error: BaseException) -> int:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether `error`, or its cause, says that no space is left (native libraries say so only in words)."""
+    """Whether `error`, or its cause, says that no space is left (native libraries say so only in words).
+
+    torch.save says only that writing failed, whatever the reason.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(cause):
+        if any(words in str(cause) for words in FULL_DISK):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+def told(error: BaseException) -> str:
+    """What the person at the terminal is told about `error`, in one line."""
+    if exit_code(error) == 75 and not isinstance(error, TryAgain):
+        return f"the disk is full ({one_line(error)}): make room and run again"
+    return one_line(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[str]]:
     """Open a text file (UTF-8, "\\n") that takes the place of `path` when the block ends well."""
-    _remove_leftovers(path)
+    remove_leftovers(path)
     temporary = _temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -47,7 +47,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     A crash leaves the old folder or the new one, never a mixture; between the two renames that a folder needs,
     `path` may be missing.
     """
-    _remove_leftovers(path)
+    remove_leftovers(path)
     temporary = _temporary_name(path)
     temporary.mkdir()
     try:
@@ -64,6 +64,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed writer of `path` left behind."""
+    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def sync_tree(folder: Path) -> None:
@@ -87,12 +96,3 @@ def sync_folder(folder: Path) -> None:
 def _temporary_name(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed writer of `path` left behind."""
-    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()

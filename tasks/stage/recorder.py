@@ -115,14 +115,17 @@ class Recorder:
         """End the run, wait until it is sent, and give its MLflow id: None when it is kept for later."""
         self.metrics({"system/seconds": time.monotonic() - self._started, **_peaks()})
         self._write({"kind": "end", "status": status})
+        complete = self._events is not None
         if self._events is not None:
             os.close(self._events)
             self._events = None
-        run_id = self._wait(self._sender) if self._sender is not None else None
+        run_id = self._wait(self._sender, complete) if self._sender is not None else None
         self._alive.release()
         return run_id
 
-    def _wait(self, sender: subprocess.Popen[str]) -> str | None:
+    def _wait(self, sender: subprocess.Popen[str], complete: bool) -> str | None:
+        if not complete:  # it would wait for an end that could not be written
+            sender.kill()
         try:
             answer, _ = sender.communicate(timeout=SECONDS_TO_SEND)
         except subprocess.TimeoutExpired:

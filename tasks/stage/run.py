@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tasks.stage import checkpoints, starter
 from tasks.stage.context import SECONDS_TO_SAVE, Context, Stop
-from tasks.stage.errors import Interrupted, TryAgain, exit_code, one_line, say
+from tasks.stage.errors import Interrupted, TryAgain, exit_code, one_line, say, told
 from tasks.stage.files import write_json
 from tasks.stage.fingerprint import fingerprint
 from tasks.stage.lock import Lock, holder
@@ -71,7 +71,7 @@ class _Execution:
             self._work(params_class, body, torch, stop)
         except (Exception, Interrupted) as error:
             stop.ignore()
-            code, message = exit_code(error), one_line(error)
+            code, message = exit_code(error), told(error)
             if code == 1:
                 traceback.print_exc()
             else:

@@ -1,0 +1,385 @@
+"""A text classifier with its tokenizer; with one output it is a reward model of prompts and answers.
+
+How the two are read depends on the family, and is what `AutoModelForSequenceClassification` computes when it is
+called the same way:
+
+- seq2seq: the prompt in the encoder, the answer in the decoder, scored at the answer's end token. Answers to
+  one prompt share one pass of the encoder. transformers' T5 looks for the end token in the columns of
+  `input_ids`, so a plain call pads prompt and answer on the left to one width;
+- causal: prompt and answer as one sequence, scored at its last token;
+- encoder only (BERT and the like): prompt and answer as a pair of texts.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
+
+from tasks.lm.device import device, precision
+from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, is_adapter, load
+from tasks.lm.respond import batches_by_length, encode_prompts, encode_responses
+from tasks.stage import Compute, ParamsError, UserError
+from tasks.stage.files import new_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of a prompt and of an answer; for an encoder, both stand in `answer` and `kinds` tells them
+    apart.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    kinds: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier. What is longer than the limits (null: none) is cut."""
+
+    model: "PreTrainedModel | PeftModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    shift: float = 0.0  # subtracted from the only output of a reward model; 0 where the head's bias holds it
+    max_prompt_tokens: int | None = None
+    max_answer_tokens: int | None = None
+
+    @property
+    def bare(self) -> "PreTrainedModel":
+        """The model with its head, out of its adapter's wrapper."""
+        return self.model.get_base_model() if is_adapter(self._lm) else self.model
+
+    @property
+    def family(self) -> str:
+        """`seq2seq`, `causal` or `encoder`."""
+        if self.model.config.is_encoder_decoder:
+            return "seq2seq"
+        return "causal" if hasattr(self.bare, "score") else "encoder"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model consists of, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def with_limits(self, max_prompt_tokens: int | None, max_answer_tokens: int | None) -> Self:
+        """The same classifier with these limits."""
+        return replace(self, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens)
+
+    def shifted(self, by: float) -> Self:
+        """The same classifier with scores lower by `by`: in its head's bias, where it has one (in place)."""
+        bias: nn.Parameter | None = output_layer(self.bare).bias
+        if bias is None:
+            return replace(self, shift=self.shift + by)
+        bias.data.sub_(by)
+        return self
+
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Text]:
+        """Token ids of each prompt with its answer. A long prompt loses its middle, a long answer its end.
+
+        An encoder cuts the longer of the two.
+        """
+        if self.family == "encoder":
+            return self._encode_pairs(prompts, answers)
+        unique = list(dict.fromkeys(prompts))
+        encoded = dict(zip(unique, encode_prompts(self._lm, unique, self.max_prompt_tokens), strict=True))
+        responses = encode_responses(self._lm, answers, self.max_answer_tokens)
+        return [
+            Text(tuple(encoded[prompt]), tuple(ids)) for prompt, ids in zip(prompts, responses, strict=True)
+        ]
+
+    def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        """A batch of N texts on the CPU, as `logits` takes it."""
+        match self.family:
+            case "seq2seq":
+                return self._collate_seq2seq(texts)
+            case "causal":
+                ids, mask = self._pad([text.prompt + text.answer for text in texts])
+                return {"input_ids": ids, "attention_mask": mask}
+        ids, mask = self._pad([text.answer for text in texts])
+        kinds, _ = self._pad([text.kinds for text in texts], 0)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **({"token_type_ids": kinds} if kinds.shape[1] else {}),
+        }
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The only output `[N]` of a reward model (float32), before the shift."""
+        model = self.bare
+        match self.family:
+            case "seq2seq":
+                of = batch["prompt_of"]
+                encoder = model.base_model.get_encoder()
+                read = encoder(batch["prompt_ids"], attention_mask=batch["prompt_mask"]).last_hidden_state
+                hidden = model.base_model(
+                    encoder_outputs=(read[of],),
+                    attention_mask=batch["prompt_mask"][of],
+                    decoder_input_ids=batch["answer_ids"],
+                    decoder_attention_mask=batch["answer_mask"],
+                    use_cache=False,
+                ).last_hidden_state
+                found = model.classification_head(_last(hidden, batch["answer_mask"]))
+            case "causal":
+                hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+                found = model.score(_last(hidden, batch["attention_mask"]))
+            case _:
+                found = model(**batch).logits
+        scores: Tensor = found[:, 0].float()
+        return scores
+
+    @property
+    def _lm(self) -> LanguageModel:
+        return LanguageModel(self.model, self.tokenizer)
+
+    def _encode_pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Text]:
+        limits = (self.max_prompt_tokens, self.max_answer_tokens)
+        longest = longest_text(self)
+        if None not in limits:
+            longest = min(longest, sum(limit for limit in limits if limit is not None))
+        encoded = self.tokenizer(
+            list(prompts), list(answers), truncation=True, max_length=longest, verbose=False
+        )
+        kinds = encoded.get("token_type_ids", [()] * len(prompts))
+        return [
+            Text((), tuple(ids), tuple(kind)) for ids, kind in zip(encoded["input_ids"], kinds, strict=True)
+        ]
+
+    def _collate_seq2seq(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(text.prompt for text in texts))}
+        prompt_ids, prompt_mask = self._pad(list(places))
+        start = self.model.config.decoder_start_token_id
+        answer_ids, answer_mask = self._pad([(start, *text.answer) for text in texts])
+        return {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "prompt_of": torch.tensor([places[text.prompt] for text in texts]),
+            "answer_ids": answer_ids,
+            "answer_mask": answer_mask,
+        }
+
+    def _pad(self, rows: Sequence[Ids], value: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and mask `[N, longest row]`, padded on the right."""
+        width = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id if value is None else value
+        ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
+def new_classifier(folder_or_id: str | Path, compute: Compute, revision: str | None = None) -> Classifier:
+    """A classifier with one output on the weights of a language model (adapters merged) or an encoder.
+
+    The new head comes from torch's generator, its last layer with the standard deviation 1/√(d + 1) of
+    Huang et al. 2024 (2403.17031 §3). Float32, to be trained. Raises UserError when the model cannot be opened.
+    """
+    source = {}
+    if (Path(folder_or_id) / ADAPTER_CONFIG).is_file():
+        from tasks.lm.peft import merged
+
+        lm = merged(load(folder_or_id, compute, trainable=True))
+        source = {"state_dict": lm.model.state_dict()}
+        config = copy.deepcopy(lm.model.config)
+        config.num_labels = 1
+        tokenizer = lm.tokenizer
+    else:
+        config = _config(folder_or_id, revision, num_labels=1)
+        tokenizer = _tokenizer(folder_or_id, revision)
+    config.pad_token_id = tokenizer.pad_token_id
+    model = _open(None if source else folder_or_id, revision, config=config, dtype=torch.float32, **source)
+    output = output_layer(model)
+    with torch.no_grad():
+        output.weight.normal_(std=(output.in_features + 1) ** -0.5)
+        if output.bias is not None:
+            output.bias.zero_()
+    return Classifier(model.to(device(compute)), tokenizer)
+
+
+def load_classifier(folder_or_id: str | Path, compute: Compute, revision: str | None = None) -> Classifier:
+    """Open a classifier that answers: a reward model of this project, or any other by folder or hub id.
+
+    Raises UserError when there is none or it has no head.
+    """
+    config = _config(folder_or_id, revision)
+    tokenizer = _tokenizer(folder_or_id, revision)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    model = _open(folder_or_id, revision, config=config, dtype=precision(compute), whole=True)
+    return Classifier(
+        model.to(device(compute)).eval(),
+        tokenizer,
+        getattr(config, "reward_shift", 0.0),
+        getattr(config, "reward_max_prompt_tokens", None),
+        getattr(config, "reward_max_answer_tokens", None),
+    )
+
+
+def save_classifier(classifier: Classifier, folder: Path) -> None:
+    """Write the classifier as a plain folder with shift and limits in its config.json, all or nothing.
+
+    A LoRA adapter is merged into the weights, in place: an adapter saved by itself can lose its head.
+    """
+    disable_progress_bar()
+    model = classifier.model
+    if is_adapter(LanguageModel(model, classifier.tokenizer)):
+        model = model.merge_and_unload()
+    model.config.reward_shift = classifier.shift
+    model.config.reward_max_prompt_tokens = classifier.max_prompt_tokens
+    model.config.reward_max_answer_tokens = classifier.max_answer_tokens
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        classifier.tokenizer.save_pretrained(temporary)
+
+
+def scores(
+    classifier: Classifier,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int,
+    label: str | None = None,
+) -> list[float]:
+    """What each answer to its prompt is worth, in the order given.
+
+    Without `label`: the only output of a reward model, shift applied. With it: the logit of that label for
+    the answer alone, which is what classifiers of toxicity or sentiment were trained on. Raises ParamsError
+    when the classifier has no such label, or several outputs and none was named.
+    """
+    outputs = classifier.model.config.num_labels
+    if label is None and outputs != 1:
+        raise ParamsError(f"the classifier has {outputs} outputs: name one as label, {_labels(classifier)}")
+    column = None if label is None else _column(classifier, label)
+    texts = classifier.encode(prompts, answers) if column is None else _encode_alone(classifier, answers)
+    found = [0.0] * len(texts)
+    with torch.inference_mode():
+        for rows in batches_by_length([len(text) for text in texts], batch_size):
+            chosen = [texts[row] for row in rows]
+            values = (
+                classifier.logits(_moved(classifier, classifier.collate(chosen))) - classifier.shift
+                if column is None
+                else _logits_alone(classifier, chosen)[:, column].float()
+            )
+            for row, value in zip(rows, values.tolist(), strict=True):
+                found[row] = value
+    return found
+
+
+def output_layer(model: "PreTrainedModel") -> nn.Linear:
+    """The layer that gives the outputs."""
+    layers = [
+        layer
+        for name in heads(model)
+        for layer in model.get_submodule(name).modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    return layers[-1]
+
+
+def heads(model: "PreTrainedModel") -> list[str]:
+    """Names of the parts of a classifier that its base model has not."""
+    return [
+        name
+        for name, part in model.named_children()
+        if part is not model.base_model and next(part.parameters(), None) is not None
+    ]
+
+
+def longest_text(classifier: Classifier) -> int:
+    """How many tokens the classifier can read."""
+    positions: int = getattr(
+        classifier.model.config, "max_position_embeddings", classifier.tokenizer.model_max_length
+    )
+    return int(min(positions, classifier.tokenizer.model_max_length))
+
+
+def _last(hidden: Tensor, mask: Tensor) -> Tensor:
+    """`[N, D]`: the states `[N, L, D]` at the last real token of each row."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+
+
+def _moved(classifier: Classifier, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(classifier.model.device) for name, tensor in batch.items()}
+
+
+def _encode_alone(classifier: Classifier, answers: Sequence[str]) -> list[Text]:
+    encoded = classifier.tokenizer(
+        list(answers), truncation=True, max_length=longest_text(classifier), verbose=False
+    )
+    return [Text((), tuple(ids)) for ids in encoded["input_ids"]]
+
+
+def _logits_alone(classifier: Classifier, texts: Sequence[Text]) -> Tensor:
+    ids, mask = classifier._pad([text.answer for text in texts])
+    found: Tensor = classifier.model(**_moved(classifier, {"input_ids": ids, "attention_mask": mask})).logits
+    return found
+
+
+def _labels(classifier: Classifier) -> str:
+    return " or ".join(classifier.model.config.id2label.values())
+
+
+def _column(classifier: Classifier, label: str) -> int:
+    columns = {name: number for number, name in classifier.model.config.id2label.items()}
+    if label not in columns:
+        raise ParamsError(f"the classifier has no label {label}; it has {_labels(classifier)}")
+    return int(columns[label])
+
+
+def _config(folder_or_id: str | Path, revision: str | None, **changes: Any) -> "PretrainedConfig":
+    try:
+        return AutoConfig.from_pretrained(folder_or_id, revision=revision, trust_remote_code=False, **changes)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder_or_id, error) from error
+
+
+def _tokenizer(folder_or_id: str | Path, revision: str | None) -> "PreTrainedTokenizerBase":
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder_or_id, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _open(
+    folder_or_id: str | Path | None, revision: str | None, whole: bool = False, **options: Any
+) -> "PreTrainedModel":
+    disable_progress_bar()
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # a head that is missing, or left over, is what is wanted here
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder_or_id,
+            revision=revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder_or_id, error) from error
+    finally:
+        logging.set_verbosity(said)
+    if whole and report["missing_keys"]:
+        raise UserError(f"{folder_or_id} is no classifier: it has no {sorted(report['missing_keys'])[0]}")
+    return model
+
+
+def _unreadable(folder_or_id: str | Path | None, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"cannot open the classifier {folder_or_id} (a local folder or a hub id): {reason}")
