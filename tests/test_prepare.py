@@ -781,7 +781,7 @@ def test_gsm8k_and_big_bench_hard_mix_with_a_mapping_alone(real_data: Path, run:
 @pytest.mark.real_data
 def test_hh_rlhf_loads_as_rankings_with_a_mapping_alone(real_data: Path) -> None:
     columns = RankingColumns(
-        completions=("chosen", "rejected"), prompt=None, marker="\n\nAssistant:", group=None
+        completions=("chosen", "rejected"), ties=None, prompt=None, marker="\n\nAssistant:", group=None
     )
     files = Files(
         kind="file", name="hh", paths=(str(real_data / "hh-rlhf/harmless-pairs.jsonl.gz"),), format="jsonl"

@@ -30,11 +30,14 @@ ExampleColumns = Mapping[Literal["id", "group", "instruction", "input"], Spec]
 class RankingColumns(Section):
     """The columns of a ranking.
 
-    `completions` are best first. `prompt` names a column, or is null when every completion starts with the
-    prompt: it then ends with the last `marker` that all of them share.
+    `completions` are best first: a column for each, or one that holds a list. `ties` names a column with the
+    positions of completions that are as good as the one after them (null: there are no ties). `prompt` names a
+    column, or is null when every completion starts with the prompt: it then ends with the last `marker` that
+    all of them share. Without a `group` column equal prompts make a group.
     """
 
-    completions: Annotated[tuple[str, ...], Field(min_length=2)]
+    completions: Annotated[tuple[str, ...], Field(min_length=1)]
+    ties: str | None
     prompt: Spec | None
     marker: str | None
     group: Spec | None
@@ -49,7 +52,8 @@ class RankingColumns(Section):
     def needed(self) -> frozenset[str]:
         """The columns that a row must have."""
         specs = [spec for spec in (self.prompt, self.group) if spec is not None]
-        return frozenset(self.completions).union(*map(columns_of, specs))
+        ties = [] if self.ties is None else [self.ties]
+        return frozenset([*self.completions, *ties]).union(*map(columns_of, specs))
 
 
 @cache
@@ -158,7 +162,7 @@ def ranking(row: Row | Fault, columns: RankingColumns, longest: int) -> Ranking:
     """The ranking that a row makes. Raises Fault when a field is not what a Ranking needs."""
     if isinstance(row, Fault):
         raise row
-    completions = [_text(row, column, longest) for column in columns.completions]
+    completions = [text for column in columns.completions for text in answers(column, row, longest)]
     if columns.prompt is not None:
         prompt = fill(columns.prompt, row, longest)
     else:
@@ -173,8 +177,11 @@ def ranking(row: Row | Fault, columns: RankingColumns, longest: int) -> Ranking:
         "prompt": prompt.strip(),
         "completions": tuple(completion.strip() for completion in completions),
         "group": group,
+        "ties": () if columns.ties is None else row.get(columns.ties, ()),
     }
-    return _checked(Ranking, fields, {"completions": ", ".join(columns.completions)})
+    return _checked(
+        Ranking, fields, {"completions": ", ".join(columns.completions), "ties": columns.ties or ""}
+    )
 
 
 def _shared_start(texts: list[str], marker: str) -> str:

@@ -51,10 +51,9 @@ class Ppo:
         self.beta = kl.beta
         self._steps, self._seed = steps, seed
         self._named = dict(policy.parameters())
-        head = list(policy.value_head.parameters())
-        others = [each for name, each in self._named.items() if not name.startswith("value_head.")]
-        self._rates = (update.learning_rate, update.value_learning_rate)
-        self._optimizer = torch.optim.Adam([{"params": others}, {"params": head}], eps=ADAM_EPS)
+        acting = [each for name, each in self._named.items() if name.startswith("policy.")]
+        valuing = [each for name, each in self._named.items() if not name.startswith("policy.")]
+        self._optimizer = torch.optim.Adam([{"params": acting}, {"params": valuing}], eps=ADAM_EPS)
 
     def step(
         self, number: int, examples: Sequence[Example], prompts: Sequence[Sequence[int]]
@@ -63,8 +62,8 @@ class Ppo:
         saw.
         """
         settings, generator = self.settings, self.generator(number)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * (1 - number / self._steps)
+        for group, rate in zip(self._optimizer.param_groups, self.learning_rates(number), strict=True):
+            group["lr"] = rate
         uniforms = torch.rand(len(prompts), self.rollouts.max_response_tokens, generator=generator)
         rollout = collect(self.policy, self.reward, examples, prompts, uniforms, self.rollouts.batch_size)
         responses, mask = rollout.responses, rollout.mask
@@ -111,6 +110,12 @@ class Ppo:
         torch.nn.utils.clip_grad_norm_(self._named.values(), settings.max_grad_norm)
         self._optimizer.step()
         return Change(*(sums / tokens).tolist())
+
+    def learning_rates(self, number: int) -> tuple[float, float]:
+        """The learning rates of the policy and of the value function at step `number`."""
+        left = 1 - number / self._steps
+        acting = 0.0 if number < self.settings.value_warmup else self.settings.learning_rate * left
+        return acting, self.settings.value_learning_rate * left
 
     def generator(self, number: int) -> torch.Generator:
         """The random numbers of step `number`."""
