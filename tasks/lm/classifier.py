@@ -187,26 +187,43 @@ def new_classifier(folder_or_id: str | Path, compute: Compute, revision: str | N
     The new head comes from torch's generator, its last layer with the standard deviation 1/√(d + 1) of
     Huang et al. 2024 (2403.17031 §3). Float32, to be trained. Raises UserError when the model cannot be opened.
     """
-    source = {}
     if (Path(folder_or_id) / ADAPTER_CONFIG).is_file():
-        from tasks.lm.peft import merged
-
-        lm = merged(load(folder_or_id, compute, trainable=True))
-        source = {"state_dict": lm.model.state_dict()}
-        config = copy.deepcopy(lm.model.config)
-        config.num_labels = 1
-        tokenizer = lm.tokenizer
+        model, tokenizer = _on_merged(folder_or_id, compute)
     else:
-        config = _config(folder_or_id, revision, num_labels=1)
         tokenizer = _tokenizer(folder_or_id, revision)
-    config.pad_token_id = tokenizer.pad_token_id
-    model = _open(None if source else folder_or_id, revision, config=config, dtype=torch.float32, **source)
+        config = _config(folder_or_id, revision, num_labels=1)
+        config.pad_token_id = tokenizer.pad_token_id
+        model = _open(folder_or_id, revision, config=config, dtype=torch.float32)
     output = output_layer(model)
     with torch.no_grad():
         output.weight.normal_(std=(output.in_features + 1) ** -0.5)
         if output.bias is not None:
             output.bias.zero_()
     return Classifier(model.to(device(compute)), tokenizer)
+
+
+def with_lora(classifier: Classifier, options: Mapping[str, Any]) -> Classifier:
+    """The classifier with a LoRA adapter; its head is trained too.
+
+    `options` are `r`, `alpha`, `dropout` and `target_modules`, as of a language model. Raises ParamsError when
+    the modules do not fit the model.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=options["r"],
+        lora_alpha=options["alpha"],
+        lora_dropout=options["dropout"],
+        target_modules=options["target_modules"],
+        modules_to_save=heads(classifier.bare),
+    )
+    try:
+        return replace(classifier, model=get_peft_model(classifier.bare, config))
+    except ValueError as error:
+        raise ParamsError(
+            f"lora on {classifier.model.config.model_type}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_classifier(folder_or_id: str | Path, compute: Compute, revision: str | None = None) -> Classifier:
@@ -357,7 +374,7 @@ def _tokenizer(folder_or_id: str | Path, revision: str | None) -> "PreTrainedTok
 
 
 def _open(
-    folder_or_id: str | Path | None, revision: str | None, whole: bool = False, **options: Any
+    folder_or_id: str | Path, revision: str | None, whole: bool = False, **options: Any
 ) -> "PreTrainedModel":
     disable_progress_bar()
     said = logging.get_verbosity()
@@ -380,6 +397,21 @@ def _open(
     return model
 
 
-def _unreadable(folder_or_id: str | Path | None, error: Exception) -> UserError:
+def _on_merged(folder: str | Path, compute: Compute) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A classifier with a new head on a language model whose adapter is merged in."""
+    from tasks.lm.peft import merged
+
+    lm = merged(load(folder, compute, trainable=True))
+    config = copy.deepcopy(lm.model.config)
+    config.num_labels = 1
+    config.pad_token_id = lm.tokenizer.pad_token_id
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    weights = lm.model.base_model.state_dict()
+    kept = {name: weights[name] for name in model.base_model.state_dict()}  # all but the language-model head
+    model.base_model.load_state_dict(kept)
+    return model, lm.tokenizer
+
+
+def _unreadable(folder_or_id: str | Path, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0]
     return UserError(f"cannot open the classifier {folder_or_id} (a local folder or a hub id): {reason}")

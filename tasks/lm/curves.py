@@ -10,12 +10,13 @@ from tasks.stage.files import new_folder, write_text
 def write_curves(folder: Path, losses: Sequence[Row], evaluations: Sequence[Row], title: str) -> None:
     """Replace `folder` by `train.csv`, `held_out.csv` and a plot of both, `loss.png`."""
     with new_folder(folder) as temporary:
-        write_text(temporary / "train.csv", _csv(LOSS_COLUMNS, losses))
-        write_text(temporary / "held_out.csv", _csv(EVALUATION_COLUMNS, evaluations))
+        write_text(temporary / "train.csv", csv_of(LOSS_COLUMNS, losses))
+        write_text(temporary / "held_out.csv", csv_of(EVALUATION_COLUMNS, evaluations))
         _plot(temporary / "loss.png", losses, evaluations, title)
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
+def csv_of(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """The rows as CSV."""
     lines = [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]
     return "".join(f"{line}\n" for line in lines)
 

@@ -67,8 +67,35 @@ def train(
     whole checkpoint in `context.work`. Raises ParamsError when the rows do not fill one batch, and
     Interrupted once a checkpoint was written on request.
     """
-    disable_progress_bar()
     plan = batches(lengths, schedule, context.seed)
+
+    def trainer(arguments: TrainingArguments) -> Trainer:
+        return _ResponseTrainer(
+            held_out_loss=lambda: mean_loss(lm, held_out, schedule.rows_at_once),
+            model=lm.model,
+            args=arguments,
+            train_dataset=_Plan(plan, pair),
+            data_collator=lambda items: _trainer_inputs(lm, items[0]),
+        )
+
+    return fit(trainer, TrainingArguments, plan, lengths, schedule, learning_rate, context)
+
+
+def fit(
+    trainer_with: Callable[[Any], Trainer],
+    arguments: type[TrainingArguments],
+    plan: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    schedule: Schedule,
+    learning_rate: float,
+    context: Context,
+) -> Training:
+    """Train with the Trainer that `trainer_with` makes of its `arguments`; each of its items is a micro-batch.
+
+    `plan` are the micro-batches (of `batches`), `lengths` the tokens of each row. Resumes, and raises, as
+    `train`.
+    """
+    disable_progress_bar()
     steps = len(plan) * schedule.rows_at_once // schedule.batch_size
     if steps == 0:
         raise ParamsError(
@@ -77,13 +104,7 @@ def train(
         )
     step_tokens = [sum(lengths[draw % len(lengths)] for draw in step) for step in _steps_of(plan, steps)]
     start = checkpoints.newest_verified(context.work)
-    trainer = _ResponseTrainer(
-        held_out_loss=lambda: mean_loss(lm, held_out, schedule.rows_at_once),
-        model=lm.model,
-        args=_arguments(schedule, learning_rate, steps, context),
-        train_dataset=_Plan(plan, pair),
-        data_collator=lambda items: _trainer_inputs(lm, items[0]),
-    )
+    trainer = trainer_with(_arguments(arguments, schedule, learning_rate, steps, context))
     trainer.remove_callback(PrinterCallback)
     with context.progress(steps, f"{context.name}: training") as bar:
         watch = _Watch(
@@ -99,7 +120,7 @@ def train(
         trainer.add_callback(watch)
         with context.save_on_stop():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-    lm.model.eval()
+    trainer.model.eval()
     return Training(
         steps=steps,
         tokens=sum(step_tokens),
@@ -107,7 +128,7 @@ def train(
         evaluations=_rows(trainer.state.log_history, EVALUATION_COLUMNS),
         seconds=watch.seconds,
         tokens_per_second=watch.tokens / watch.seconds if watch.seconds else 0.0,
-        peak_memory=peak_memory(lm.device),
+        peak_memory=peak_memory(trainer.model.device),
     )
 
 
@@ -168,20 +189,25 @@ class _Plan(Dataset[list[Pair]]):
         return [self._pair(draw) for draw in self._plan[index]]
 
 
-class _ResponseTrainer(Trainer):  # type: ignore[misc]
-    """The loss is the mean over all response tokens of the global batch, for either family."""
-
-    loss_is_scaled_for_ga = True
+class HeldOutLoss(Trainer):  # type: ignore[misc]
+    """A Trainer that evaluates by asking for one number."""
 
     def __init__(self, *, held_out_loss: Callable[[], float], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._held_out_loss = held_out_loss
 
     def evaluate(self, *_: Any, **__: Any) -> Row:
+        """The held-out loss."""
         found = {"eval_loss": self._held_out_loss()}
         self.log(found)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+
+class _ResponseTrainer(HeldOutLoss):
+    """The loss is the mean over all response tokens of the global batch, for either family."""
+
+    loss_is_scaled_for_ga = True
 
     def compute_loss(
         self,
@@ -252,9 +278,15 @@ def _trainer_inputs(lm: LanguageModel, pairs: Sequence[Pair]) -> dict[str, Any]:
     return {**inputs, "shift_labels": inputs["labels"]}
 
 
-def _arguments(schedule: Schedule, learning_rate: float, steps: int, context: Context) -> TrainingArguments:
+def _arguments(
+    arguments: type[TrainingArguments],
+    schedule: Schedule,
+    learning_rate: float,
+    steps: int,
+    context: Context,
+) -> TrainingArguments:
     on_cpu = device(context.compute).type == "cpu"
-    return TrainingArguments(
+    return arguments(
         output_dir=str(context.work),
         seed=context.seed,
         num_train_epochs=1,  # the plan holds all of them
@@ -279,6 +311,7 @@ def _arguments(schedule: Schedule, learning_rate: float, steps: int, context: Co
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        gradient_checkpointing=False,
     )
 
 
