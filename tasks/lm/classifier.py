@@ -3,9 +3,10 @@
 How the two are read depends on the family, and is what `AutoModelForSequenceClassification` computes when it is
 called the same way:
 
-- seq2seq: the prompt in the encoder, the answer in the decoder, scored at the answer's end token. Answers to
-  one prompt share one pass of the encoder. transformers' T5 looks for the end token in the columns of
-  `input_ids`, so a plain call pads prompt and answer on the left to one width;
+- seq2seq: the prompt in the encoder, the answer in the decoder, scored at the answer's end token. A T5 reads
+  all answers to one prompt side by side in one row of the decoder, none of which sees another: its positions
+  are relative, so it does not matter where an answer stands. transformers' T5 looks for the end token in the
+  columns of `input_ids`, so a plain call pads prompt and answer on the left to one width;
 - causal: prompt and answer as one sequence, scored at its last token;
 - encoder only (BERT and the like): prompt and answer as a pair of texts.
 """
@@ -123,17 +124,14 @@ class Classifier:
         model = self.bare
         match self.family:
             case "seq2seq":
-                of = batch["prompt_of"]
-                encoder = model.base_model.get_encoder()
-                read = encoder(batch["prompt_ids"], attention_mask=batch["prompt_mask"]).last_hidden_state
                 hidden = model.base_model(
-                    encoder_outputs=(read[of],),
-                    attention_mask=batch["prompt_mask"][of],
+                    batch["prompt_ids"],
+                    attention_mask=batch["prompt_mask"],
                     decoder_input_ids=batch["answer_ids"],
-                    decoder_attention_mask=batch["answer_mask"],
+                    decoder_attention_mask=_within(batch["answer_of"], model.dtype),
                     use_cache=False,
                 ).last_hidden_state
-                found = model.classification_head(_last(hidden, batch["answer_mask"]))
+                found = model.classification_head(hidden[batch["row"], batch["end"]])
             case "causal":
                 hidden = model.base_model(**batch, use_cache=False).last_hidden_state
                 found = model.score(_last(hidden, batch["attention_mask"]))
@@ -160,16 +158,28 @@ class Classifier:
         ]
 
     def _collate_seq2seq(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(text.prompt for text in texts))}
-        prompt_ids, prompt_mask = self._pad(list(places))
+        shared = hasattr(self.model.config, "relative_attention_num_buckets")
         start = self.model.config.decoder_start_token_id
-        answer_ids, answer_mask = self._pad([(start, *text.answer) for text in texts])
+        rows: dict[tuple[Ids, int], int] = {}
+        answers: list[list[int]] = []
+        answer_of: list[list[int]] = []
+        places = []
+        for number, text in enumerate(texts):
+            row = rows.setdefault((text.prompt, 0 if shared else number), len(rows))
+            if row == len(answers):
+                answers.append([])
+                answer_of.append([])
+            answers[row] += [start, *text.answer]
+            answer_of[row] += [number] * (1 + len(text.answer))
+            places.append((row, len(answers[row]) - 1))
+        prompt_ids, prompt_mask = self._pad([prompt for prompt, _ in rows])
         return {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
-            "prompt_of": torch.tensor([places[text.prompt] for text in texts]),
-            "answer_ids": answer_ids,
-            "answer_mask": answer_mask,
+            "answer_ids": self._pad(answers)[0],
+            "answer_of": self._pad(answer_of, -1)[0],
+            "row": torch.tensor([row for row, _ in places]),
+            "end": torch.tensor([end for _, end in places]),
         }
 
     def _pad(self, rows: Sequence[Ids], value: int | None = None) -> tuple[Tensor, Tensor]:
@@ -221,8 +231,9 @@ def with_lora(classifier: Classifier, options: Mapping[str, Any]) -> Classifier:
     try:
         return replace(classifier, model=get_peft_model(classifier.bare, config))
     except ValueError as error:
+        model_type, wanted = classifier.model.config.model_type, options["target_modules"]
         raise ParamsError(
-            f"lora on {classifier.model.config.model_type}: {str(error).splitlines()[0]}"
+            f"lora on {model_type} with target_modules {wanted}: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -326,6 +337,14 @@ def longest_text(classifier: Classifier) -> int:
 def _last(hidden: Tensor, mask: Tensor) -> Tensor:
     """`[N, D]`: the states `[N, L, D]` at the last real token of each row."""
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+
+
+def _within(answer_of: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention `[R, 1, L, L]`: a token sees those of its own answer `[R, L]` up to itself."""
+    seen = (answer_of[:, :, None] == answer_of[:, None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def _moved(classifier: Classifier, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
