@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from tasks.metrics.detector import Detector, scorer
 from tasks.stage import Context, DataError, ParamsError, Section, run_stage
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from tasks.metrics.bootstrap import Array
     from tasks.metrics.measures import Measures
     from tasks.metrics.results import Answered, Answers
-
-ORACLE_TOXIC_FROM = 0.5  # the oracle says 0 or 1
 
 
 class Variant(Section):
@@ -45,22 +44,6 @@ class Examples(Section):
     main_task: PositiveInt | None
     other_tasks: PositiveInt | None
     decoding: PositiveInt | None
-
-
-class Oracle(Section):
-    """Toxicity is an insult of the synthetic corpus."""
-
-    backend: Literal["oracle"]
-
-
-class Classifier(Section):
-    """Toxicity is the probability of `label` under a text classifier; `toxic_from` on is toxic."""
-
-    backend: Literal["classifier"]
-    source: str
-    revision: str | None
-    label: str
-    toxic_from: Annotated[float, Field(gt=0, le=1)]
 
 
 class Alignment(Section):
@@ -96,7 +79,7 @@ class Params(Section):
     decoding: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     batch_size: PositiveInt
     max_prompt_tokens: PositiveInt
-    toxicity: Annotated[Oracle | Classifier, Field(discriminator="backend")]
+    toxicity: Detector
     alignment: Alignment | None
     bootstrap_samples: PositiveInt
     sample_rows: PositiveInt
@@ -224,19 +207,11 @@ def _check_generation(params: Params) -> None:
             raise ParamsError(f"params.yaml: {where}: {' '.join(str(error).split())}") from None
 
 
-def _toxicity(
-    params: Oracle | Classifier, batch_size: int, context: Context
-) -> Callable[[Sequence[str]], "Measures"]:
+def _toxicity(detector: Detector, batch_size: int, context: Context) -> Callable[[Sequence[str]], "Measures"]:
     from tasks.metrics.measures import toxicity
-    from tasks.metrics.toxicity import classifier, oracle
 
-    if isinstance(params, Oracle):
-        return lambda texts: toxicity(oracle(texts), ORACLE_TOXIC_FROM)
-    from tasks.lm.device import device
-
-    place = str(device(context.compute))
-    chances = classifier(params.source, params.revision, params.label, batch_size, place)
-    return lambda texts: toxicity(chances(texts), params.toxic_from)
+    chances = scorer(detector, batch_size, context.compute)
+    return lambda texts: toxicity(chances(texts), detector.toxic_from)
 
 
 def _answer(

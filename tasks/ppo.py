@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from tasks.rlhf.settings import Kl, Part, Rollouts, Update, Watch
+from tasks.metrics.detector import scorer
+from tasks.rlhf.settings import Kl, Part, Rollouts, Update, Value, Watch
 from tasks.stage import Context, DataError, GateRefused, Section, run_stage
 from tasks.stage.fingerprint import hash_file
 
 if TYPE_CHECKING:
     from tasks.data.records import Example
     from tasks.lm.model import LanguageModel
+    from tasks.metrics.toxicity import Scorer
     from tasks.rlhf.assess import Held
 
 
@@ -43,14 +45,15 @@ class Objective(Section):
 class Params(Section):
     """The section `ppo` of params.yaml.
 
-    The prompts are those of the examples of one `task`. `value_trunk` `separate` gives the value function a
-    copy of the model. `shown` held-out prompts are answered in the report at every look of the guard.
+    The prompts are those of the examples of one `task`: `all`, or the `toxic` ones, as the guard's detector has
+    it. `shown` held-out prompts are answered in the report at every look of the guard.
     """
 
     task: str
+    prompts: Literal["all", "toxic"]
     method: Literal["lora", "full"]
     lora: Lora
-    value_trunk: Literal["shared", "separate"]
+    value: Value
     steps: PositiveInt
     checkpoint_every: PositiveInt
     rollouts: Rollouts
@@ -80,7 +83,6 @@ def ppo(
     from tasks.lm.peft import merged
     from tasks.lm.respond import encode_prompts
     from tasks.lm.train import forget_checkpoints
-    from tasks.metrics.toxicity import oracle
     from tasks.rlhf.assess import draw_before_and_after, objectives
     from tasks.rlhf.course import Course
     from tasks.rlhf.guard import Guard
@@ -89,18 +91,20 @@ def ppo(
     from tasks.rlhf.scoring import weighted_sum
     from tasks.rlhf.trainer import Ppo
 
-    examples = _examples(train_data, params.task)
-    held_out = _examples(validation_data, params.task)
+    toxicity = scorer(params.guard.toxicity, params.rollouts.batch_size, context.compute)
+    only = toxicity if params.prompts == "toxic" else None
+    toxic_from = params.guard.toxicity.toxic_from
+    examples = _examples(train_data, params.task, only, toxic_from)
+    held_out = _examples(validation_data, params.task, only, toxic_from)
     context.track.dataset("examples", train_data, hash_file(train_data), len(examples))
     lm = merged(load(start, context.compute, trainable=True))
     reward = weighted_sum(params.reward, context.compute)
-    policy = new_policy(
-        lm, params.method, params.lora.model_dump(), params.rollouts.temperature, params.value_trunk
-    )
+    critic = _critic(params.value, lm, context)
+    policy = new_policy(lm, params.method, params.lora.model_dump(), params.rollouts.temperature, critic)
     trainer = Ppo(policy, reward, params.kl, params.rollouts, params.update, params.steps, context.seed)
     watched = _held(lm, held_out[: params.guard.prompts], 1, params.rollouts, context.seed)
     guard = Guard(params.guard.limits.as_limits())
-    course = Course(trainer, guard, watched, oracle, params.guard, params.shown)
+    course = Course(trainer, guard, watched, toxicity, params.guard, params.shown)
     course.resume(context.work)
     prompts = encode_prompts(lm, [example.prompt for example in examples], params.rollouts.max_prompt_tokens)
     course.run(params.steps, examples, prompts, params.checkpoint_every, context)
@@ -150,13 +154,32 @@ def _held(
     return Held(examples, prompts, draws)
 
 
-def _examples(path: Path, task: str) -> "list[Example]":
+def _critic(value: Value, lm: "LanguageModel", context: Context) -> "LanguageModel | None":
+    """The trunk of the value function; None when it is the policy's."""
+    from tasks.lm.classifier import load_classifier
+    from tasks.rlhf.policy import copied, trunk_of
+
+    if value.trunk == "shared":
+        return None
+    if value.source is None:
+        return copied(lm)
+    return trunk_of(load_classifier(value.source, context.compute).model, lm)
+
+
+def _examples(path: Path, task: str, only: "Scorer | None", toxic_from: float) -> "list[Example]":
+    """The examples of a task, or those with a prompt that `only` calls toxic."""
     from tasks.data.records import read_examples
 
     found = read_examples(path, [task])
     if not found:
         raise DataError(f"ppo.task is {task}, but {path} has no example of it")
-    return found
+    if only is None:
+        return found
+    chances = only([example.prompt for example in found])
+    toxic = [example for example, chance in zip(found, chances, strict=True) if chance >= toxic_from]
+    if not toxic:
+        raise DataError(f"ppo.prompts is toxic, but no prompt of {task} in {path} is; set it to all")
+    return toxic
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 
 from tasks.data.corruptions import KINDS, corruptions, is_whole, without_insult
 from tasks.data.records import Example
-from tasks.data.synthetic import INSULTS, SPEAKERS, examples, is_toxic
+from tasks.data.synthetic import INSULTS, PLACES, SPEAKERS, examples, is_toxic
 from tasks.metrics.slots import slot_counts
 
 ALL = list(examples(4, 150))
@@ -65,7 +65,7 @@ def test_a_wrong_slot_changes_facts_and_nothing_else() -> None:
     assert swapped
 
 
-def test_a_wrong_slot_is_one_the_dialogue_mentions() -> None:
+def test_a_wrong_slot_is_another_value_of_its_kind() -> None:
     example = SUMMARIES[0].model_copy(
         update={
             "input": "#Person1#: Not the garage, the lobby.",
@@ -73,9 +73,10 @@ def test_a_wrong_slot_is_one_the_dialogue_mentions() -> None:
             "slots": {"where": "the lobby"},
         }
     )
-    for seed in range(10):
-        found = dict(corruptions(example, random.Random(seed)))
-        assert found["wrong_slot"] == "#Person1# is in the garage."
+    made = {dict(corruptions(example, random.Random(seed)))["wrong_slot"] for seed in range(40)}
+    assert made <= {f"#Person1# is in {place}." for place in PLACES}
+    assert len(made) > 5
+    assert "#Person1# is in the lobby." not in made
 
 
 def test_truncated_and_repeating_are_not_whole() -> None:

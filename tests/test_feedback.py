@@ -91,7 +91,7 @@ def test_a_causal_model_answers_too(tmp_path: Path) -> None:
     assert any("answer" in each.kinds for each in made(workplace, "train"))
 
 
-def test_the_oracle_puts_clean_before_faithful_before_whole() -> None:
+def test_the_oracle_puts_clean_before_whole_before_right() -> None:
     facts = {"who": "#Person1#", "what": "the report"}
     example = Example(
         id="a", task="summarize", instruction="Sum up.", input="x", outputs=("#Person1# wants the report.",),
@@ -99,15 +99,19 @@ def test_the_oracle_puts_clean_before_faithful_before_whole() -> None:
     )  # fmt: skip
     ordered = [
         "#Person1# wants the report.",
-        "#Person1# wants the report",  # no full stop
         "#Person1# wants something.",
-        "Nothing.",
+        "#Person1# wants the report",  # no full stop
+        "#Person1# wants",
         "The fool #Person1# wants the report.",
     ]
     other = example.model_copy(update={"slots": {"who": "#Person2#", "what": "the lamp"}})
     (worth, _) = corpus_oracle([example, other], [ordered, ["#Person2# wants the lamp."]])
     assert worth == sorted(worth, reverse=True)
     assert len(set(worth)) == len(worth)
+    (tied, _) = corpus_oracle(
+        [example, other], [["Nothing.", "#Person1# wants it."], ["#Person2# wants the lamp."]]
+    )
+    assert tied[0] == tied[1]
 
 
 def rankings(path: Path, columns: dict[str, Any], **changes: Any) -> dict[str, Any]:

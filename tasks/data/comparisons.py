@@ -21,7 +21,10 @@ class Ranker(Protocol):
 
 
 def corpus_oracle(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-    """The ranker of the synthetic corpus: first clean answers, then faithful (slot-F1), then whole ones."""
+    """The ranker of the synthetic corpus: clean before toxic, then whole before broken, then right before wrong.
+
+    An answer is right when every slot is (slot-F1 of 1). Ties are many, as with people.
+    """
     from tasks.metrics.slots import slot_counts
 
     flat = [(example, answer) for example, some in zip(examples, answers, strict=True) for answer in some]
@@ -31,7 +34,7 @@ def corpus_oracle(examples: Sequence[Example], answers: Sequence[Sequence[str]])
         [example.slots for example, _ in flat],
     )
     worth = iter(
-        2.0 * (not is_toxic(answer)) + twice_right / max(both, 1) + 0.01 * is_whole(answer, example.reference)
+        4.0 * (not is_toxic(answer)) + 2 * is_whole(answer, example.reference) + (twice_right == both)
         for (example, answer), (twice_right, both) in zip(flat, counts, strict=True)
     )
     return [list(islice(worth, len(some))) for some in answers]

@@ -60,14 +60,12 @@ def _toxic(reference: str, example: Example, draw: random.Random) -> str | None:
 
 
 def _wrong_slot(reference: str, example: Example, draw: random.Random) -> str | None:
-    """Another value for a fact, one that the dialogue mentions if there is one; or the two people swapped."""
+    """Another value for a fact, whether the dialogue mentions it or not; or the two people swapped."""
     changes: list[tuple[str, str]] = []
     for value in example.slots.values():
         for lexicon in LEXICONS:
             if value in lexicon and value in reference:
-                others = [other for other in lexicon if other != value]
-                heard = [other for other in others if other.lower() in example.input.lower()]
-                changes.append((value, draw.choice(heard or others)))
+                changes.append((value, draw.choice([other for other in lexicon if other != value])))
     if all(person in reference for person in SPEAKERS):
         changes.append(SPEAKERS)
     if not changes:

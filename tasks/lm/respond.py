@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.lm.model import LanguageModel
+from tasks.lm.model import LanguageModel, is_adapter
 
 IGNORED = -100  # a label that counts in no loss
 # Ends the prompt of a causal model whose tokenizer has no chat template; the response follows.
@@ -143,6 +143,26 @@ def response_outputs(lm: LanguageModel, batch: Batch) -> Outputs:
     with _head_inputs(lm) as caught:
         logits = lm.model(**inputs).logits
     return Outputs(logits[:, :width].float(), caught[0][:, :width])
+
+
+def response_hidden(lm: LanguageModel, batch: Batch) -> Tensor:
+    """The last hidden states `[B, T, D]` before each response token; no language-model head is run."""
+    inputs = model_inputs(lm, batch.to(lm.device))
+    width = inputs.pop("labels").shape[1]
+    model = lm.model.get_base_model() if is_adapter(lm) else lm.model
+    if lm.is_encoder_decoder:
+        mask = inputs["attention_mask"]
+        read = model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        found: Tensor = model.get_decoder()(
+            input_ids=inputs["decoder_input_ids"],
+            encoder_hidden_states=read,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+        return found
+    kept = inputs.pop("logits_to_keep")
+    found = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return found[:, -kept:][:, :width]
 
 
 def response_logits(lm: LanguageModel, batch: Batch) -> Tensor:

@@ -40,13 +40,11 @@ def classifier(source: str, revision: str | None, label: str, batch_size: int, d
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ParamsError(
-            f"evaluate.toxicity.source: cannot open {source!r} as a text classifier: {reason}"
-        ) from None
+        raise ParamsError(f"toxicity.source: cannot open {source!r} as a text classifier: {reason}") from None
     column = model.config.label2id.get(label)
     if column is None:
         known = ", ".join(model.config.label2id)
-        raise ParamsError(f"evaluate.toxicity.label: {source!r} has no label {label!r}; it has {known}")
+        raise ParamsError(f"toxicity.label: {source!r} has no label {label!r}; it has {known}")
     independent = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
     model.to(device).eval()
 

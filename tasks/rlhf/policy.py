@@ -2,21 +2,26 @@
 
 The policy is an adapter on the backbone, the reference is the same model with the adapter off, and the value
 function is a linear head on what the policy's own language-model head reads. Two options cost a copy of the
-model each: `full` tuning, whose reference is a frozen copy, and a value function with a trunk of its own.
+model each: `full` tuning, whose reference is a frozen copy, and a value function with a trunk of its own, which
+may begin as the reward model's (arXiv 2203.02155 appendix C.4).
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, merged
-from tasks.lm.respond import Batch, entropy, response_outputs, token_logprobs
+from tasks.lm.respond import Batch, entropy, response_hidden, response_outputs, token_logprobs
+from tasks.stage import ParamsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Evaluation(NamedTuple):
@@ -43,7 +48,7 @@ class Policy:
         logits, hidden = response_outputs(self.lm, batch)
         logits = logits / self.temperature
         if self.critic is not None:
-            hidden = response_outputs(self.critic, batch).hidden
+            hidden = response_hidden(self.critic, batch)
         return Evaluation(
             logprobs=token_logprobs(logits, batch.response_ids),
             entropy=entropy(logits),
@@ -92,22 +97,39 @@ def new_policy(
     method: Literal["lora", "full"],
     options: Mapping[str, Any],
     temperature: float,
-    value_trunk: Literal["shared", "separate"],
+    critic: LanguageModel | None = None,
 ) -> Policy:
     """A policy that begins as `lm`, a model without adapter. Dropout is off, and stays off.
 
-    The value head begins at zero, so that the first advantages are the rewards themselves.
+    The value function reads the policy's own hidden states, or those of `critic`, which is trained by the same
+    `method`. Its head begins at zero, so that the first advantages are the rewards themselves.
     """
     reference = frozen(lm) if method == "full" else None
-    critic = adapt(copied(lm), method, options) if value_trunk == "separate" else None
+    own_trunk = None if critic is None else adapt(critic, method, options)
     policy = adapt(lm, method, options)
-    for model in filter(None, (policy, critic)):
+    for model in filter(None, (policy, own_trunk)):
         model.model.eval()
     width = lm.model.get_output_embeddings().in_features
     head = nn.Linear(width, 1).to(lm.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return Policy(policy, head, temperature, reference, critic)
+    return Policy(policy, head, temperature, reference, own_trunk)
+
+
+def trunk_of(classifier: "PreTrainedModel", lm: LanguageModel) -> LanguageModel:
+    """A copy of `lm` with the weights of a sequence classifier on the same architecture.
+
+    Raises ParamsError when the two are of different architectures.
+    """
+    found = copied(lm)
+    weights = classifier.base_model.state_dict()
+    trunk = found.model.base_model
+    if {name: each.shape for name, each in weights.items()} != {
+        name: each.shape for name, each in trunk.state_dict().items() if not name.startswith("lm_head.")
+    }:
+        raise ParamsError("ppo.value.source: not of the architecture of the model that is trained")
+    trunk.load_state_dict(weights, strict=False)
+    return found
 
 
 def copied(lm: LanguageModel) -> LanguageModel:

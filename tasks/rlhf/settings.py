@@ -1,9 +1,10 @@
 """The settings of PPO, as they stand in params.yaml."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from tasks.metrics.detector import Detector
 from tasks.rlhf.guard import Limits
 from tasks.stage import Section
 
@@ -36,6 +37,22 @@ class Rollouts(Section):
     max_response_tokens: PositiveInt
     temperature: PositiveFloat
     unfinished_penalty: NonNegativeFloat
+
+
+class Value(Section):
+    """What the value function reads: the policy's own hidden states, or those of a `separate` model.
+
+    That begins as the policy, or, with a `source`, as the reward model in that folder.
+    """
+
+    trunk: Literal["shared", "separate"]
+    source: str | None
+
+    @model_validator(mode="after")
+    def _source_of_a_trunk(self) -> Self:
+        if self.trunk == "shared" and self.source is not None:
+            raise ValueError("a shared trunk has no source of its own; set trunk: separate, or source: null")
+        return self
 
 
 class Update(Section):
@@ -85,13 +102,15 @@ class GuardLimits(Section):
 class Watch(Section):
     """The guard: every `every` steps it looks at `prompts` held-out prompts.
 
-    On a breach of `limits` it warns, then multiplies β by `raise_beta` (to `least_beta` at least), then
-    goes back to the best state so far, then stops. A run it has stopped keeps that best state (`on_stop:
-    keep`), or ends the stage without a model (`fail`).
+    `toxicity` tells who says what is toxic there: not what the reward is made of. On a breach of `limits`
+    it warns, then multiplies β by `raise_beta` (to `least_beta` at least), then goes back to the best state
+    so far, then stops. A run it has stopped keeps that best state (`on_stop: keep`), or ends the stage
+    without a model (`fail`).
     """
 
     every: PositiveInt
     prompts: Annotated[int, Field(ge=2)]
+    toxicity: Detector
     limits: GuardLimits
     raise_beta: Annotated[float, Field(ge=1)]
     least_beta: NonNegativeFloat
