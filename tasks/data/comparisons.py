@@ -21,9 +21,10 @@ class Ranker(Protocol):
 
 
 def corpus_oracle(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-    """The ranker of the synthetic corpus: clean before toxic, then whole before broken, then right before wrong.
+    """The ranker of the synthetic corpus: clean before toxic, whole before broken, right before wrong.
 
-    An answer is right when every slot is (slot-F1 of 1). Ties are many, as with people.
+    The first of the three that tells two answers apart decides. An answer is right when all its slots are
+    (slot-F1 of 1).
     """
     from tasks.metrics.slots import slot_counts
 
