@@ -108,7 +108,7 @@ def _plain(text: str) -> bool:
 def _merge(target: CommentedMap, new: Mapping[str, Any], above: tuple[str, ...], where: str) -> None:
     """Put `new` into `target`: mappings key by key, anything else in place of what was there.
 
-    Sections and their keys are all in the file already; what a key holds may be free (a column mapping, say),
+    A mapping of another `kind` takes the place of the one that is there: it has keys of its own. Sections and their keys are all in the file already; what a key holds may be free (a column mapping, say),
     and is checked with the section.
     """
     for key, value in new.items():
@@ -116,10 +116,15 @@ def _merge(target: CommentedMap, new: Mapping[str, Any], above: tuple[str, ...],
             dotted = ".".join([*above, key])
             known = [".".join([*above, str(each)]) for each in target]
             raise ParamsError(f"{where}: {dotted}: no such key{_nearest(dotted, known)}")
-        if isinstance(value, Mapping) and isinstance(target.get(key), CommentedMap):
+        there = target.get(key)
+        if isinstance(value, Mapping) and isinstance(there, CommentedMap) and _same_kind(there, value):
             _merge(target[key], value, (*above, key), where)
         else:
             target[key] = value
+
+
+def _same_kind(there: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" not in new or there.get("kind") == new["kind"]
 
 
 def _nested(keys: list[str], value: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
-from flows.params_file import change
+from flows.params_file import _merge, change
 from tasks.stage import ParamsError, Section
 
 PARAMS = """\
@@ -149,3 +149,14 @@ def test_an_unknown_preset_names_those_that_exist(root: Path) -> None:
     (root / "presets" / "small.yaml").write_text("seed: [2\n")
     with pytest.raises(ParamsError, match=r"^presets/small\.yaml:2: "):
         change(root, presets=["small"])
+
+
+def test_a_mapping_of_another_kind_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    source = {"kind": "oracle", "answers": 2}
+    target = YAML().load("source: {kind: oracle, answers: 2}\n")
+    _merge(target, {"source": {"kind": "oracle", "answers": 3}}, ("feedback",), "here")
+    assert target["source"] == {**source, "answers": 3}
+    _merge(target, {"source": {"kind": "rankings", "test": 0.1}}, ("feedback",), "here")
+    assert target["source"] == {"kind": "rankings", "test": 0.1}
+    _merge(target, {"source": {"test": 0.2}}, ("feedback",), "here")
+    assert target["source"] == {"kind": "rankings", "test": 0.2}
