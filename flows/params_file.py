@@ -108,8 +108,9 @@ def _plain(text: str) -> bool:
 def _merge(target: CommentedMap, new: Mapping[str, Any], above: tuple[str, ...], where: str) -> None:
     """Put `new` into `target`: mappings key by key, anything else in place of what was there.
 
-    A mapping of another `kind` takes the place of the one that is there: it has keys of its own. Sections and their keys are all in the file already; what a key holds may be free (a column mapping, say),
-    and is checked with the section.
+    A mapping of another `kind` takes the place of the one that is there: it has keys of its own. Sections and
+    their keys are all in the file already; what a key holds may be free (a column mapping, say), and is checked
+    with the section.
     """
     for key, value in new.items():
         if key not in target and len(above) < 2:

@@ -158,5 +158,3 @@ def test_a_mapping_of_another_kind_takes_the_place_of_the_old_one(tmp_path: Path
     assert target["source"] == {**source, "answers": 3}
     _merge(target, {"source": {"kind": "rankings", "test": 0.1}}, ("feedback",), "here")
     assert target["source"] == {"kind": "rankings", "test": 0.1}
-    _merge(target, {"source": {"test": 0.2}}, ("feedback",), "here")
-    assert target["source"] == {"kind": "rankings", "test": 0.2}
