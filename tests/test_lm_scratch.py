@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from lm_toys import ARCHITECTURE, FAMILIES, texts, toy
 from pydantic import ValidationError
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tasks.lm.architecture import Architecture
 from tasks.lm.model import LanguageModel, save
@@ -67,6 +68,32 @@ def test_an_encoder_begins_by_reading_what_is_near() -> None:
     assert (back[3] == 0).all()
     assert (ahead[[0, 2], 1:] <= back[[0, 2], 1:] - 2).all()  # these two look back only
     assert torch.equal(ahead[[1, 3]], back[[1, 3]])
+
+
+def test_a_causal_model_begins_by_reading_what_is_near() -> None:
+    model = toy("llama", layers=2, d_model=128).model
+    first, second = (layer.self_attn for layer in model.model.layers)
+    positions = torch.arange(12)[None]
+    cos, sin = model.model.rotary_emb(first.q_proj.bias, positions)
+    queries, keys = (
+        projection.bias.view(1, 4, 1, -1).expand(-1, -1, 12, -1) for projection in (first.q_proj, first.k_proj)
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+    logits = (queries @ keys.mT * first.scaling)[0]  # [heads, reader, read]
+    back = logits[:, 11].flip(1)  # from the reader itself to what is 11 tokens behind
+    assert back[:, 0].tolist() == pytest.approx([16, 8, 4, 0], abs=1e-4)
+    assert (back[:3, :5].diff(dim=1) < 0).all()
+    assert (back[:3, 8:] < 0.6 * back[:3, :1]).all()
+    assert torch.allclose(logits[:, 5, 3], logits[:, 11, 9], atol=1e-4)
+    assert not second.q_proj.bias.any() and not second.k_proj.bias.any()
+
+
+@pytest.mark.parametrize("width", [8, 16, 24])
+def test_heads_of_any_even_size_begin_near(width: int) -> None:
+    attention = toy("llama", d_model=width).model.model.layers[0].self_attn
+    biases = attention.q_proj.bias.view(4, -1), attention.k_proj.bias.view(4, -1)
+    logits = (biases[0] * biases[1]).sum(1) * attention.scaling
+    assert logits.tolist() == pytest.approx([16, 8, 4, 0], abs=1e-4)
 
 
 def test_heads_must_divide_the_width() -> None:
