@@ -82,7 +82,7 @@ def ppo_section(**changes: Any) -> dict[str, Any]:
         "prompts": "all",
         "method": "lora",
         "lora": LORA,
-        "value_trunk": "shared",
+        "value": {"trunk": "shared", "source": None},
         "steps": 6,
         "checkpoint_every": 1,
         "rollouts": ROLLOUTS,
