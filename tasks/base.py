@@ -28,8 +28,8 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal training (Hoffmann et al. 2022, arX
 class Pretraining(Section):
     """What is learnt from raw text.
 
-    Of a T5's rows, a share `prefix_share` is cut in two and continued; in the others a share `corrupted` of the
-    tokens is replaced by gaps of `mean_span` tokens on average. A causal model predicts every next token.
+    A share `prefix_share` of the texts is cut in two and continued. In the others a T5 fills gaps of
+    `mean_span` tokens on average, a share `corrupted` of all tokens; a causal model predicts every next token.
     """
 
     corrupted: Annotated[float, Field(gt=0, lt=1)]

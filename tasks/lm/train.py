@@ -311,7 +311,6 @@ def _arguments(
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        gradient_checkpointing=False,
     )
 
 
