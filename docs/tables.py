@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.metrics.report import (
+    alignment_table,
     decoding_table,
     differences_table,
     markdown,
@@ -45,6 +46,48 @@ def finetune_methods_table(result: Mapping[str, Any]) -> str:
     return markdown(result["table"]["header"], result["table"]["lines"])
 
 
+def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    return f"{metrics[name]:.3f} [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
+
+
+def reward_table(metrics: Mapping[str, Any]) -> str:
+    """How often the reward model, and each control, tells the preferred completion."""
+    who = {
+        "accuracy": "reward model",
+        "accuracy_shuffled": "the same, trained on shuffled labels",
+        "accuracy_bag_of_words": "words alone",
+        "accuracy_length_only": "length alone",
+    }
+    rows = [(label, _with_interval(metrics, name)) for name, label in who.items()]
+    rows.append(("always right, but for the flipped labels", f"{metrics['accuracy_ceiling']:.3f}"))
+    return markdown(("Who tells the preferred one", "Accuracy"), rows)
+
+
+def reward_kinds_table(metrics: Mapping[str, Any]) -> str:
+    """Accuracy by what the other completion is."""
+    return markdown(
+        ("The other completion", "Accuracy"),
+        [(kind.replace("_", " "), f"{value:.3f}") for kind, value in metrics["accuracy_by_kind"].items()],
+    )
+
+
+def objective_table(metrics: Mapping[str, Any]) -> str:
+    """PPO's objective before and after, beside the best possible."""
+    return markdown(
+        ("Held-out prompts", "Value"),
+        [
+            ("reward before", f"{metrics['reward_before']:.3f}"),
+            ("reward after", f"{metrics['reward_after']:.3f}"),
+            ("KL to the reference (nats a response)", f"{metrics['kl']:.3f}"),
+            ("objective before", _with_interval(metrics, "objective_before")),
+            ("objective after", _with_interval(metrics, "objective")),
+            ("the best possible, in closed form", _with_interval(metrics, "objective_optimum")),
+            ("share of the possible gain", _with_interval(metrics, "share_of_gain")),
+            ("guard events", str(metrics["guard_events"])),
+        ],
+    )
+
+
 EVALUATE = Path("metrics/evaluate.json")
 TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "evaluate": (EVALUATE, scores_table),
@@ -52,6 +95,10 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "tasks": (EVALUATE, tasks_table),
     "decoding": (EVALUATE, decoding_table),
     "splits": (EVALUATE, splits_table),
+    "alignment": (EVALUATE, alignment_table),
+    "reward": (Path("metrics/reward.json"), reward_table),
+    "reward_kinds": (Path("metrics/reward.json"), reward_kinds_table),
+    "objective": (Path("metrics/ppo.json"), objective_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
     "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), finetune_methods_table),
 }

@@ -75,6 +75,8 @@ def reward(
     Its scores are shifted so that the references of the training prompts score 0 on average, or the preferred
     completions where there are no references.
     """
+    import numpy as np
+
     from tasks.lm.classifier import save_classifier, scores
     from tasks.lm.train import forget_checkpoints
     from tasks.metrics import preferences
@@ -85,7 +87,13 @@ def reward(
     context.track.dataset("comparisons", train_data, hash_file(train_data), len(train))
     classifier, training = _trained(params, train, test, context)
     wanted = _demonstrations(train)
-    shift = _mean(scores(classifier, *zip(*wanted, strict=True), batch_size=params.batch_size))
+
+    def mean_of_wanted() -> float:
+        found = scores(classifier, *zip(*wanted, strict=True), batch_size=params.batch_size)
+        return sum(found) / len(found)
+
+    trainable = classifier.trainable_parameters
+    shift = mean_of_wanted()
     classifier = classifier.shifted(shift)
 
     def margins(by: "Classifier") -> preferences.Array:
@@ -101,26 +109,28 @@ def reward(
     if params.shuffled_control:
         shuffled, _ = _trained(params, _shuffled(train, context.seed), test, _beside(context, "shuffled"))
         controls["shuffled"] = margins(shuffled)
-    flipped = [flip for each in test for flip in each.flipped]
+    flipped = np.array([flip for each in test for flip in each.flipped])
     draws = resamples(len(test), params.bootstrap_samples, context.seed)
     prompts = preferences.prompts_of(test)
     metrics: dict[str, Any] = {}
-    for name, found in {"": margin, **controls}.items():
-        key = f"accuracy_{name}" if name else "accuracy"
-        value, low, high = interval(preferences.accuracy(found, prompts), draws)
+    found = {"accuracy": margin, "accuracy_unflipped": np.where(flipped, -margin, margin)}
+    for key, each in (found | {f"accuracy_{name}": each for name, each in controls.items()}).items():
+        value, low, high = interval(preferences.accuracy(each, prompts), draws)
         metrics |= {key: value, f"{key}_low": low, f"{key}_high": high}
     kinds = preferences.by_kind(test, margin)
     metrics |= {
-        "accuracy_ceiling": 1 - sum(flipped) / len(flipped),
+        "accuracy_ceiling": 1 - float(flipped.mean()),
         "accuracy_by_kind": {kind: value for kind, (value, _) in kinds.items()},
         "calibration_error": preferences.calibration_error(margin),
         "mean_margin": float(margin.mean()),
         "pairs": len(margin),
         "prompts": len(test),
         "shift": shift,
+        "reference_mean": mean_of_wanted(),
         "loss_before": training.evaluations[0]["eval_loss"],
         "loss_after": training.evaluations[-1]["eval_loss"],
         "parameters": classifier.parameters,
+        "trainable_parameters": trainable,
         "steps": training.steps,
     }
     save_classifier(classifier, model)
@@ -169,10 +179,6 @@ def _demonstrations(comparisons: Sequence[Comparisons]) -> list[tuple[str, str]]
     return references or [
         (each.prompt, each.completions[better]) for each in comparisons for better, _ in each.pairs
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _beside(context: Context, name: str) -> Context:

@@ -77,6 +77,11 @@ class Classifier:
         """How many numbers the model consists of, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def trainable_parameters(self) -> int:
+        """How many of them training changes."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
     def with_limits(self, max_prompt_tokens: int | None, max_answer_tokens: int | None) -> Self:
         """The same classifier with these limits."""
         return replace(self, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens)

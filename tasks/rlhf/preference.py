@@ -57,7 +57,7 @@ def train_on_preferences(
     lengths = [len(row) for row in rows]
     plan = batches(lengths, schedule, context.seed)
 
-    def trainer(arguments: RewardConfig) -> Trainer:
+    def trainer(arguments: _Arguments) -> Trainer:
         return _PreferenceTrainer(
             classifier=classifier,
             held_out_loss=lambda: mean_loss(classifier, held_out, schedule.rows_at_once),
@@ -70,7 +70,7 @@ def train_on_preferences(
             ),
         )
 
-    return fit(trainer, RewardConfig, plan, lengths, schedule, learning_rate, context)
+    return fit(trainer, _Arguments, plan, lengths, schedule, learning_rate, context)
 
 
 def loss_of(classifier: Classifier, batch: dict[str, Tensor]) -> Tensor:
@@ -97,6 +97,13 @@ def mean_loss(classifier: Classifier, rows: Sequence[Element], batch_size: int) 
             total += float(loss_of(classifier, batch)) * len(some)
     classifier.model.train(was_training)
     return total / len(rows)
+
+
+@dataclass
+class _Arguments(RewardConfig):  # type: ignore[misc]
+    """TRL would compute activations twice to save memory, and asks for it under a name that is deprecated."""
+
+    activation_checkpointing: bool | None = False
 
 
 class _PreferenceTrainer(HeldOutLoss, RewardTrainer):  # type: ignore[misc]

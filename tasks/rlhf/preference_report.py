@@ -29,12 +29,19 @@ def write_report(
     reliability: Reliability,
     kinds: Kinds,
 ) -> None:
-    """Replace `folder` by the learning curves, a picture of four plots and a summary."""
+    """Replace `folder` by the learning curves, what is right by confidence and by kind, plots and a summary."""
     with new_folder(folder) as temporary:
         write_text(temporary / "train.csv", csv_of(LOSS_COLUMNS, training.losses))
         write_text(temporary / "held_out.csv", csv_of(EVALUATION_COLUMNS, training.evaluations))
+        write_text(temporary / "calibration.csv", _lines("confidence,accuracy,pairs", reliability))
+        by_kind = [(kind, value, pairs) for kind, (value, pairs) in kinds.items()]
+        write_text(temporary / "kinds.csv", _lines("kind,accuracy,pairs", by_kind))
         write_text(temporary / "summary.md", _summary(metrics, kinds))
         _plot(temporary / "reward.png", metrics, training, margin, reliability, kinds)
+
+
+def _lines(header: str, rows: Sequence[Sequence[object]]) -> str:
+    return "".join(f"{line}\n" for line in [header, *(",".join(map(str, row)) for row in rows)])
 
 
 def _summary(metrics: Mapping[str, Any], kinds: Kinds) -> str:
@@ -54,6 +61,7 @@ def _summary(metrics: Mapping[str, Any], kinds: Kinds) -> str:
             "| --- | ---: |",
             *accuracies,
             "",
+            f"Where known errors are put right the reward model has {metrics['accuracy_unflipped']:.3f}. "
             f"Expected calibration error: {metrics['calibration_error']:.3f}.",
             "",
             "Pairs whose label is not known to be wrong, by what the other completion is:",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tasks.data.records import Example
-from tasks.lm.respond import Batch, batches_by_length, collate, sample
+from tasks.lm.respond import Batch, batches_by_length, collate, response_hidden, sample
 from tasks.rlhf.policy import Policy
 
 
@@ -101,7 +101,8 @@ def collect(
         ref_logprobs[rows, :width] = found
         if policy.critic is not None:
             with torch.no_grad():
-                values[rows, :width] = policy.evaluate(batch).values.cpu() * responses.mask[rows, :width]
+                valued = policy.values(response_hidden(policy.critic, batch))
+            values[rows, :width] = valued.cpu() * responses.mask[rows, :width]
     scores = reward(examples, responses.answers)
     return Rollout(prompts, responses, ref_logprobs, scores)
 
