@@ -96,6 +96,10 @@ def ppo(
     toxic_from = params.guard.toxicity.toxic_from
     examples = _examples(train_data, params.task, only, toxic_from)
     held_out = _examples(validation_data, params.task, only, toxic_from)
+    if len(held_out) < 2:
+        raise DataError(
+            f"ppo: {validation_data} has only one prompt for the guard to watch; it needs two or more"
+        )
     context.track.dataset("examples", train_data, hash_file(train_data), len(examples))
     lm = merged(load(start, context.compute, trainable=True))
     reward = weighted_sum(params.reward, context.compute)

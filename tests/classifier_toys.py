@@ -23,7 +23,9 @@ def lay_model(kind: str, folder: Path) -> Path:
     words = sorted(
         set(" ".join(texts()).lower().replace("#", " ").translate(str.maketrans(".,?!:", "     ")).split())
     )
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"#.,?!:'", *words]
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"#.,?!:'", *letters, *words]
+    vocabulary = list(dict.fromkeys(known))
     tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate(vocabulary)})
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
