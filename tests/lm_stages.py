@@ -16,7 +16,7 @@ from lm_toys import ARCHITECTURE, OPTIONS, SCHEDULE, texts
 from tasks.data.synthetic import examples as synthetic
 
 ROOT = Path(__file__).parents[1]
-RATES = {"full": 0.01, "lora": 0.02, "prompt_tuning": 0.02, "prefix_tuning": 0.1, "ia3": 0.1, "bitfit": 0.05}
+RATES = {"full": 0.01, "lora": 0.02, "prompt_tuning": 1.0, "prefix_tuning": 2.0, "ia3": 0.1, "bitfit": 0.05}
 SCHEDULE_HERE: dict[str, Any] = {**SCHEDULE, "batch_size": 8, "checkpoint_every": 4}
 
 

@@ -369,7 +369,7 @@ def test_toxicity_by_a_classifier(seq2seq: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ParamsError, match="no label 'hate'; it has kind, rude"):
         run(seq2seq, tmp_path / "report", toxicity=backend | {"label": "hate"})
-    with pytest.raises(ParamsError, match=r"evaluate\.toxicity\.source: cannot open .*nowhere"):
+    with pytest.raises(ParamsError, match=r"toxicity\.source: cannot open .*nowhere"):
         run(seq2seq, tmp_path / "report", toxicity=backend | {"source": str(tmp_path / "nowhere")})
 
 
