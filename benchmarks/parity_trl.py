@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RESULT = Path("benchmarks/results/parity_trl.json")
 BAR = 1e-5
 TEMPERATURE, KL, CLIP, VALUE_CLIP, GAMMA, LAMBDA = 0.7, 0.05, 0.2, 0.2, 0.99, 0.95
-EPISODES, STEPS, EPOCHS, RESPONSE_TOKENS, VOCABULARY = 16, 2, 3, 12, 30
+EPISODES, STEPS, EPOCHS, RESPONSE_TOKENS, VOCABULARY = 64, 2, 3, 12, 20
 LEARNING_RATE = 3e-3  # large, so that ratios leave the clip range
 
 
@@ -65,14 +65,14 @@ def compare(folder: Path) -> dict[str, Any]:
     import torch
     import trl
     from datasets import Dataset
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     from tasks.lm.model import LanguageModel
     from tasks.rlhf.policy import new_policy
 
     assert trl.__version__ == TRL, f"trl {trl.__version__} where {TRL} should be"
-    torch.manual_seed(0)
+    set_seed(0)
     tokenizer, config = _tokenizer(), _config()
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
@@ -281,8 +281,9 @@ def main() -> int:
         paths = os.pathsep.join([str(options.trl.resolve()), str(Path.cwd())])
         environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
         environment |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        done = subprocess.run(command, check=False, env=environment, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
+        print(done.stderr, file=sys.stderr)
         return done.returncode
     result = json.loads(options.out.read_text(encoding="utf-8"))
     rows = [
