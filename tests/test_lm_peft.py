@@ -148,8 +148,9 @@ def test_parameter_counts_on_the_geometry_of_flan_t5_base(
         vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12,
         feed_forward_proj="gated-gelu", decoder_start_token_id=0,
     )  # fmt: skip
+    tokenizer = toy("t5").tokenizer
     with torch.device("meta"):
-        lm = LanguageModel(T5ForConditionalGeneration(config), toy("t5").tokenizer)
+        lm = LanguageModel(T5ForConditionalGeneration(config), tokenizer)
         assert parameter_counts(lm) == (222_903_552, 222_903_552)
         adapted = adapt(lm, method, options)
     assert parameter_counts(adapted) == (expected, 222_903_552 + expected)
@@ -187,8 +188,9 @@ def test_qlora_trains_lora_on_a_base_in_four_bits(family: str, tmp_path: Path) -
     opened = load(tmp_path / "tuned", COMPUTE)
     assert is_adapter(opened)
     lm.model.eval()
-    drift = (response_logprobs(opened, batch_of(lm)) - response_logprobs(lm, batch_of(lm))).abs().mean()
-    assert 0 < drift < 1  # the adapter is opened on the unquantised base
+    ours = response_logprobs(lm, batch_of(lm))
+    drift = (response_logprobs(opened, batch_of(lm)) - ours).abs().mean()
+    assert 0 < drift < 0.5 * ours.abs().mean()  # the adapter is opened on the unquantised base
 
 
 def test_qlora_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ def metrics(
     shutil.copytree(real_data / "dialogsum", root / "inputs" / "dialogsum")
     change(root, ["dialogsum"], SMALL)
     values = read_yaml(root / "params.yaml")
+    del values["evaluate"]["variants"]["ppo"]  # as far as the fine-tuned model
+    values["evaluate"]["alignment"] = None
     shared = read_shared(values)
     examples, text, models = root / "data" / "examples", root / "data" / "text", root / "models"
 
