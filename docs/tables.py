@@ -41,6 +41,15 @@ def batched_evaluation_table(result: Mapping[str, Any]) -> str:
     return markdown(("Answering", "Prompts/s", "Seconds"), rows)
 
 
+def parity_table(result: Mapping[str, Any]) -> str:
+    """The largest difference of each quantity from TRL's."""
+    rows = [
+        (name.replace("_", " "), f"{difference:.1e}", f"{result['numbers_compared'][name]:,}")
+        for name, difference in result["largest_difference"].items()
+    ]
+    return markdown(("Quantity", "Largest difference", "Numbers"), rows)
+
+
 def finetune_methods_table(result: Mapping[str, Any]) -> str:
     """What each tuning method costs, gains and forgets, as the benchmark printed it."""
     return markdown(result["table"]["header"], result["table"]["lines"])
@@ -100,6 +109,7 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "reward_kinds": (Path("metrics/reward.json"), reward_kinds_table),
     "objective": (Path("metrics/ppo.json"), objective_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
+    "parity_trl": (Path("benchmarks/results/parity_trl.json"), parity_table),
     "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), finetune_methods_table),
 }
 
