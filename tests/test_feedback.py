@@ -1,6 +1,7 @@
 """The stage `feedback`: who ranks, which pairs come of it, and how wrong files are refused."""
 
 import json
+import random
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -13,7 +14,7 @@ from lm_stages import Workplace, lay_out
 from lm_toys import COMPUTE
 from test_base import assert_one_line
 
-from tasks.data.comparisons import corpus_oracle
+from tasks.data.comparisons import compared, corpus_oracle
 from tasks.data.records import Comparisons, Example, read_comparisons
 from tasks.data.synthetic import is_toxic
 from tasks.feedback import Params, feedback
@@ -114,6 +115,15 @@ def test_the_oracle_puts_clean_before_whole_before_right() -> None:
     assert tied[0] == tied[1]
 
 
+def test_answers_of_equal_worth_make_no_pair() -> None:
+    example = Example(id="a", task="t", instruction="Do.", input="x", outputs=("y",), group="g")
+    three = [("answer", text) for text in ("one", "two", "three")]
+    found = compared(example, three, [1.0, 2.0, 1.0], 0.0, random.Random(1))
+    assert found is not None
+    assert set(found.pairs) == {(1, 0), (1, 2)}
+    assert compared(example, three, [1.0, 1.0, 1.0], 0.0, random.Random(1)) is None
+
+
 def rankings(path: Path, columns: dict[str, Any], **changes: Any) -> dict[str, Any]:
     source = {
         "kind": "rankings",
@@ -145,6 +155,21 @@ def test_rankings_of_people_with_ties(tmp_path: Path) -> None:
     assert len(found) == 30
     assert all(set(each.pairs) == {(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)} for each in found)
     assert 3 <= workplace.metrics("feedback")["test_prompts"] <= 15
+
+
+def test_rows_with_the_same_prompt_stay_together(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {number % 20}", "completions": [f"good {number}", f"bad {number}"]}
+        for number in range(60)
+    ]
+    columns = {"completions": ["completions"]}
+    called(tmp_path, rankings(write(tmp_path / "people.jsonl", rows), columns))
+    train, test = (
+        {each.prompt for each in read_comparisons(tmp_path / "data" / "feedback" / f"{part}.jsonl")}
+        for part in PARTS
+    )
+    assert len(train) + len(test) == 20
+    assert not train & test
 
 
 def test_pairs_are_taken_as_they_are(tmp_path: Path) -> None:
