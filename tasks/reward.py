@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tasks.data.records import Comparisons, read_comparisons
 from tasks.lm.schedule import Schedule
@@ -51,11 +51,14 @@ class Lora(Section):
 class Params(Section):
     """The section `reward` of params.yaml; the section named like the `method` is used.
 
-    A longer prompt loses its middle, a longer answer its end. With `shuffled_control` the same training is done
-    once more on labels that say nothing. Intervals are from `bootstrap_samples` samples of the prompts.
+    To the score that is learnt, `likelihood` times the mean log-likelihood of the answer's tokens is added. A
+    longer prompt loses its middle, a longer answer its end. The same training is done once more, on labels that
+    say nothing, with `shuffled_control` prompts (0: not at all). Intervals are from `bootstrap_samples` samples
+    of the prompts.
     """
 
     model: Start
+    likelihood: NonNegativeFloat
     method: Literal["full", "lora"]
     max_prompt_tokens: PositiveInt
     max_response_tokens: PositiveInt
@@ -63,7 +66,7 @@ class Params(Section):
     schedule: Schedule
     full: Full
     lora: Lora
-    shuffled_control: bool
+    shuffled_control: NonNegativeInt
     bootstrap_samples: PositiveInt
 
 
@@ -107,7 +110,8 @@ def reward(
         "bag_of_words": preferences.word_margins(train, test),
     }
     if params.shuffled_control:
-        shuffled, _ = _trained(params, _shuffled(train, context.seed), test, _beside(context, "shuffled"))
+        some = _shuffled(train[: params.shuffled_control], context.seed)
+        shuffled, _ = _trained(params, some, test, _beside(context, "shuffled"))
         controls["shuffled"] = margins(shuffled)
     flipped = np.array([flip for each in test for flip in each.flipped])
     draws = resamples(len(test), params.bootstrap_samples, context.seed)
@@ -151,7 +155,8 @@ def _trained(
     from tasks.rlhf.preference import elements, train_on_preferences
 
     torch.manual_seed(context.seed)
-    classifier = new_classifier(params.model.source, context.compute, params.model.revision)
+    start = params.model
+    classifier = new_classifier(start.source, context.compute, start.revision, params.likelihood)
     classifier = classifier.with_limits(params.max_prompt_tokens, params.max_response_tokens)
     learning_rate = params.full.learning_rate
     if params.method == "lora":

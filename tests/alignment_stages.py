@@ -70,7 +70,8 @@ def reward_section(**changes: Any) -> dict[str, Any]:
         "schedule": {**SCHEDULE_HERE, "epochs": 4, "batch_size": 4, "checkpoint_every": 4},
         "full": {"learning_rate": 0.005},
         "lora": {"learning_rate": 0.02, **LORA},
-        "shuffled_control": False,
+        "likelihood": 0.0,
+        "shuffled_control": 0,
         "bootstrap_samples": 100,
         **changes,
     }

@@ -1,5 +1,6 @@
 """Text classifiers: the same scores after saving, in a plain library, and whatever else is in the batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from tasks.lm.classifier import (
     scores,
     with_lora,
 )
-from tasks.lm.model import LanguageModel, save
+from tasks.lm.model import LanguageModel, load, save
 from tasks.lm.peft import adapt, merged
+from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
 from tasks.stage import ParamsError, UserError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -124,6 +126,44 @@ def test_the_answer_and_the_prompt_both_count(classifier: Classifier) -> None:
     assert abs(one - other_prompt) > 1e-3
 
 
+def by_hand(folder: Path) -> list[float]:
+    """The mean log-likelihood of each answer, from the language model itself."""
+    lm = load(folder, COMPUTE)
+    prompts, answers = encode_prompts(lm, PROMPTS), encode_responses(lm, ANSWERS, None)
+    return [-found.nll / found.tokens for found in likelihoods(lm, prompts, answers, batch_size=1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_likelihood_of_the_answer_is_added(family: str, adapted: bool, tmp_path: Path) -> None:
+    folder = lay_model(family, tmp_path / "start")
+    if adapted:
+        lm = adapt(toy(family), "lora", OPTIONS["lora"])
+        lm.model.peft_config["default"].base_model_name_or_path = str(folder)
+        shake(lm)
+        folder = tmp_path / "adapter"
+        save(lm, folder)
+    torch.manual_seed(1)
+    plain = new_classifier(folder, COMPUTE)
+    torch.manual_seed(1)
+    aided = new_classifier(folder, COMPUTE, likelihood=2.0)
+    for each in (plain, aided):
+        each.model.eval()
+    added = [score - bare for score, bare in zip(scored(aided), scored(plain), strict=True)]
+    assert added == pytest.approx([2 * value for value in by_hand(folder)], abs=1e-4)
+    assert scored(aided, batch_size=1) == pytest.approx(scored(aided), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_opened_it_still_adds_the_likelihood(family: str, tmp_path: Path) -> None:
+    aided = new_classifier(lay_model(family, tmp_path / "start"), COMPUTE, likelihood=2.0)
+    tuned = trained(with_lora(aided, LORA))
+    before = scored(tuned)
+    save_classifier(tuned, tmp_path / "saved")
+    assert scored(load_classifier(tmp_path / "saved", COMPUTE)) == pytest.approx(before, abs=1e-4)
+    assert scored(replace(tuned, language_head=None)) != pytest.approx(before, abs=0.01)
+
+
 def test_a_shift_lowers_every_score(classifier: Classifier) -> None:
     before = scored(classifier)
     after = scored(classifier.shifted(0.7).shifted(-0.2))
@@ -169,6 +209,12 @@ def labelled(folder: Path) -> Path:
     return folder
 
 
+def test_a_classifier_of_several_labels_can_begin_a_reward_model(tmp_path: Path) -> None:
+    found = new_classifier(labelled(tmp_path), COMPUTE)
+    assert len(scored(found)) == len(ANSWERS)
+    assert found.model.config.num_labels == 1
+
+
 def test_a_label_is_scored_on_the_answer_alone(tmp_path: Path) -> None:
     found = load_classifier(labelled(tmp_path), COMPUTE)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -193,5 +239,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         lay_model(family, tmp_path / family)
         with pytest.raises(UserError, match=f"{family} is no classifier: it has no "):
             load_classifier(tmp_path / family, COMPUTE)
+    with pytest.raises(ParamsError, match=r"likelihood 2\.0: the encoder .*bert tells none; set it to 0"):
+        new_classifier(lay_model("bert", tmp_path / "bert"), COMPUTE, likelihood=2.0)
     with pytest.raises(ParamsError, match=r"lora on t5 with target_modules \['nowhere'\]: No modules"):
         with_lora(toy_classifier("t5", tmp_path / "toy"), {**LORA, "target_modules": ["nowhere"]})

@@ -33,13 +33,13 @@ def is_whole(answer: str, reference: str) -> bool:
 def corruptions(example: Example, draw: random.Random) -> Iterator[tuple[str, str]]:
     """Yield (kind, text) of distinct faulty answers to `example`, in an order that `draw` gives.
 
-    Made from the reference without its insult. A kind that does not fit the reference is left out; where the
-    reference is rude, the first of all is `clean`, the reference without the insult.
+    Made from the reference without its insult, which is the first of all and of the kind `clean`: so there is
+    something right in a ranking, as where a person's demonstration is ranked with the answers. A kind that does
+    not fit the reference is left out.
     """
     reference = without_insult(example.reference)
     seen = {example.reference, reference}
-    if reference != example.reference:
-        yield "clean", reference
+    yield "clean", reference
     for _ in range(ROUNDS):
         for kind in draw.sample(tuple(KINDS), len(KINDS)):
             text = KINDS[kind](reference, example, draw)

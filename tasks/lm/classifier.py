@@ -9,6 +9,9 @@ called the same way:
   columns of `input_ids`, so a plain call pads prompt and answer on the left to one width;
 - causal: prompt and answer as one sequence, scored at its last token;
 - encoder only (BERT and the like): prompt and answer as a pair of texts.
+
+To that, a reward model of either language-model family may add the mean log-likelihood of the answer's tokens,
+times a fixed weight, read from the classifier's own states with the head of the model that it grew from.
 """
 
 import copy
@@ -24,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
 from tasks.lm.device import device, precision
+from tasks.lm.language_head import LanguageHead, head_of, load_head
 from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, is_adapter, load
 from tasks.lm.respond import batches_by_length, encode_prompts, encode_responses
 from tasks.stage import Compute, ParamsError, UserError
@@ -59,6 +63,8 @@ class Classifier:
     shift: float = 0.0  # subtracted from the only output of a reward model; 0 where the head's bias holds it
     max_prompt_tokens: int | None = None
     max_answer_tokens: int | None = None
+    likelihood: float = 0.0  # weight of the mean log-likelihood of the answer in the only output
+    language_head: LanguageHead | None = None  # what reads it, where the weight is not 0
 
     @property
     def bare(self) -> "PreTrainedModel":
@@ -115,7 +121,13 @@ class Classifier:
                 return self._collate_seq2seq(texts)
             case "causal":
                 ids, mask = self._pad([text.prompt + text.answer for text in texts])
-                return {"input_ids": ids, "attention_mask": mask}
+                return {
+                    "answer_ids": ids,
+                    "mask": mask,
+                    "row": torch.arange(len(texts)),
+                    "end": mask.sum(dim=1) - 1,
+                    "length": torch.tensor([len(text.answer) for text in texts]),
+                }
         ids, mask = self._pad([text.answer for text in texts])
         kinds, _ = self._pad([text.kinds for text in texts], 0)
         return {
@@ -138,12 +150,24 @@ class Classifier:
                 ).last_hidden_state
                 found = model.classification_head(hidden[batch["row"], batch["end"]])
             case "causal":
-                hidden = model.base_model(**batch, use_cache=False).last_hidden_state
-                found = model.score(_last(hidden, batch["attention_mask"]))
+                hidden = model.base_model(
+                    batch["answer_ids"], attention_mask=batch["mask"], use_cache=False
+                ).last_hidden_state
+                found = model.score(hidden[batch["row"], batch["end"]])
             case _:
-                found = model(**batch).logits
+                return model(**batch).logits[:, 0].float()  # type: ignore[no-any-return]
         scores: Tensor = found[:, 0].float()
-        return scores
+        return scores + self._likelihood(hidden, batch) if self.language_head else scores
+
+    def _likelihood(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the likelihood adds to each score, `[N]`, from the last states `[R, L, D]`."""
+        assert self.language_head is not None
+        length, row = batch["length"], batch["row"][:, None]
+        step = torch.arange(int(length.max()), device=hidden.device)
+        mask = step < length[:, None]
+        at = ((batch["end"] - length)[:, None] + step) * mask
+        ids = batch["answer_ids"][row, at + 1]
+        return self.likelihood * self.language_head.mean_logprob(hidden[row, at], ids, mask)
 
     @property
     def _lm(self) -> LanguageModel:
@@ -185,6 +209,7 @@ class Classifier:
             "answer_of": self._pad(answer_of, -1)[0],
             "row": torch.tensor([row for row, _ in places]),
             "end": torch.tensor([end for _, end in places]),
+            "length": torch.tensor([len(text.answer) for text in texts]),
         }
 
     def _pad(self, rows: Sequence[Ids], value: int | None = None) -> tuple[Tensor, Tensor]:
@@ -196,25 +221,34 @@ class Classifier:
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
 
-def new_classifier(folder_or_id: str | Path, compute: Compute, revision: str | None = None) -> Classifier:
+def new_classifier(
+    folder_or_id: str | Path, compute: Compute, revision: str | None = None, likelihood: float = 0.0
+) -> Classifier:
     """A classifier with one output on the weights of a language model (adapters merged) or an encoder.
 
     The new head comes from torch's generator, its last layer with the standard deviation 1/√(d + 1) of
-    Huang et al. 2024 (2403.17031 §3). Float32, to be trained. Raises UserError when the model cannot be opened.
+    Huang et al. 2024 (2403.17031 §3). Float32, to be trained. Raises UserError when the model cannot be opened,
+    and ParamsError when an encoder should tell a likelihood.
     """
     if (Path(folder_or_id) / ADAPTER_CONFIG).is_file():
         model, tokenizer = _on_merged(folder_or_id, compute)
     else:
         tokenizer = _tokenizer(folder_or_id, revision)
-        config = _config(folder_or_id, revision, num_labels=1)
-        config.pad_token_id = tokenizer.pad_token_id
-        model = _open(folder_or_id, revision, config=config, dtype=torch.float32)
+        config = _config(folder_or_id, revision)
+        config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+        model = _open(folder_or_id, revision, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     output = output_layer(model)
     with torch.no_grad():
         output.weight.normal_(std=(output.in_features + 1) ** -0.5)
         if output.bias is not None:
             output.bias.zero_()
-    return Classifier(model.to(device(compute)), tokenizer)
+    found = Classifier(model.to(device(compute)), tokenizer)
+    if not likelihood:
+        return found
+    if found.family == "encoder":
+        raise ParamsError(f"likelihood {likelihood}: the encoder {folder_or_id} tells none; set it to 0")
+    start = load(folder_or_id, compute, revision, trainable=True)
+    return replace(found, likelihood=likelihood, language_head=head_of(start))
 
 
 def with_lora(classifier: Classifier, options: Mapping[str, Any]) -> Classifier:
@@ -252,17 +286,21 @@ def load_classifier(folder_or_id: str | Path, compute: Compute, revision: str | 
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     model = _open(folder_or_id, revision, config=config, dtype=precision(compute), whole=True)
+    likelihood = getattr(config, "reward_likelihood", 0.0)
     return Classifier(
         model.to(device(compute)).eval(),
         tokenizer,
         getattr(config, "reward_shift", 0.0),
         getattr(config, "reward_max_prompt_tokens", None),
         getattr(config, "reward_max_answer_tokens", None),
+        likelihood,
+        load_head(Path(folder_or_id), device(compute)) if likelihood else None,
     )
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
-    """Write the classifier as a plain folder with shift and limits in its config.json, all or nothing.
+    """Write the classifier as a plain folder with shift, limits and the weight of the likelihood in its
+    config.json, and the language-model head beside it, all or nothing.
 
     A LoRA adapter is merged into the weights, in place: an adapter saved by itself can lose its head.
     """
@@ -273,9 +311,12 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
     model.config.reward_shift = classifier.shift
     model.config.reward_max_prompt_tokens = classifier.max_prompt_tokens
     model.config.reward_max_answer_tokens = classifier.max_answer_tokens
+    model.config.reward_likelihood = classifier.likelihood
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         classifier.tokenizer.save_pretrained(temporary)
+        if classifier.language_head is not None:
+            classifier.language_head.save(temporary)
 
 
 def scores(
@@ -339,11 +380,6 @@ def longest_text(classifier: Classifier) -> int:
     return int(min(positions, classifier.tokenizer.model_max_length))
 
 
-def _last(hidden: Tensor, mask: Tensor) -> Tensor:
-    """`[N, D]`: the states `[N, L, D]` at the last real token of each row."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
-
-
 def _within(answer_of: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to attention `[R, 1, L, L]`: a token sees those of its own answer `[R, L]` up to itself."""
     seen = (answer_of[:, :, None] == answer_of[:, None, :]).tril()
@@ -380,9 +416,9 @@ def _column(classifier: Classifier, label: str) -> int:
     return int(columns[label])
 
 
-def _config(folder_or_id: str | Path, revision: str | None, **changes: Any) -> "PretrainedConfig":
+def _config(folder_or_id: str | Path, revision: str | None) -> "PretrainedConfig":
     try:
-        return AutoConfig.from_pretrained(folder_or_id, revision=revision, trust_remote_code=False, **changes)
+        return AutoConfig.from_pretrained(folder_or_id, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreadable(folder_or_id, error) from error
 
