@@ -45,7 +45,7 @@ BARS = {"speed_ratio": 2.0, "memory_ratio": 0.5}  # at least, at the larger size
 LORA = {"r": 8, "alpha": 16, "dropout": 0, "target_modules": "all-linear"}
 TEMPERATURE, KL, CLIP, VALUE_CLIP, VALUE_WEIGHT, GAMMA, LAMBDA = 1.0, 0.05, 0.2, 0.2, 0.1, 1.0, 0.95
 EPOCHS, MINIBATCHES, ADAM_EPS, NO_CLIPPING = 4, 2, 1e-5, 1e9
-LEARNING_RATES = {"lora": 1e-3, "full": 1e-3}
+LEARNING_RATES = {"lora": 3e-3, "full": 3e-3}
 PROMPTS, HELD_OUT, PROMPT_WORDS, RESPONSE_TOKENS = 256, 128, (44, 60), 24
 PAD, END = "<pad>", "</s>"
 
@@ -117,7 +117,7 @@ def prepare(size: Size, folder: Path) -> None:
         )
 
     torch.manual_seed(0)
-    policy = LlamaForCausalLM(config(size))
+    policy = LlamaForCausalLM(config(size, initializer_range=size.width**-0.5))
     policy.generation_config.eos_token_id, policy.generation_config.pad_token_id = 1, 0
     judge = LlamaForSequenceClassification(config(JUDGE, num_labels=1))
     _count_words(judge)
@@ -310,6 +310,8 @@ def theirs(size: Size, method: str, seed: int, folder: Path) -> dict[str, Any]:
             times.append(_clocks())
             curve.append(logs["objective/scores"])
 
+    value_model = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    torch.nn.init.zeros_(value_model.score.weight)  # as ours begins
     peft_config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=LORA["r"],
@@ -349,7 +351,7 @@ def theirs(size: Size, method: str, seed: int, folder: Path) -> dict[str, Any]:
         model=AutoModelForCausalLM.from_pretrained(folder / "policy"),
         ref_model=None,  # the adapter switched off, or a copy
         reward_model=AutoModelForSequenceClassification.from_pretrained(folder / "reward"),
-        value_model=AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1),
+        value_model=value_model,
         train_dataset=Dataset.from_list([{"input_ids": ids} for ids in tokenizer(prompts)["input_ids"]]),
         peft_config=peft_config if method == "lora" else None,
         callbacks=[Watch()],
