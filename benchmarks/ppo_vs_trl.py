@@ -176,7 +176,7 @@ def reward_model(folder: Path) -> "Reward":
         source=str(folder / "reward"),
         revision=None,
         label=None,
-        squash=False,
+        squash=None,
         batch_size=32,
         weight=1.0,
     )

@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 
 
 class Lora(Section):
-    """The policy is a low-rank update, scaled by `alpha` / `r`, of `target_modules` (null: PEFT's choice)."""
+    """The policy is a low-rank update, scaled by `alpha` / `r`, of `target_modules` (null: PEFT's choice).
+
+    Without `encoder` an encoder is left as it is, and each prompt is read once a step, whatever the number of
+    epochs; a model without one is adapted all the same.
+    """
 
     r: PositiveInt
     alpha: PositiveInt
     dropout: Literal[0]  # the policy that is updated must be the one that sampled
     target_modules: list[str] | Literal["all-linear"] | None
+    encoder: bool
 
 
 class Objective(Section):

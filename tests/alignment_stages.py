@@ -82,7 +82,7 @@ def ppo_section(**changes: Any) -> dict[str, Any]:
         "task": "summarize",
         "prompts": "all",
         "method": "lora",
-        "lora": LORA,
+        "lora": {**LORA, "encoder": False},
         "value": {"trunk": "shared", "source": None},
         "steps": 6,
         "checkpoint_every": 1,

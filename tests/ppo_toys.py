@@ -26,12 +26,18 @@ def letters(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
 
 
 def new(
-    family: str, method: str = "lora", separate: bool = False, temperature: float = 1.0, seed: int = 0
+    family: str,
+    method: str = "lora",
+    separate: bool = False,
+    temperature: float = 1.0,
+    seed: int = 0,
+    encoder: bool = True,
 ) -> Policy:
     lm = toy(family, seed)
     lm.model.generation_config.eos_token_id = lm.tokenizer.eos_token_id
     torch.manual_seed(seed)
-    return new_policy(lm, method, LORA, temperature, copied(lm) if separate else None)  # type: ignore[arg-type]
+    options, critic = {**LORA, "encoder": encoder}, copied(lm) if separate else None
+    return new_policy(lm, method, options, temperature, critic)  # type: ignore[arg-type]
 
 
 def prompts(policy: Policy, rows: Sequence[Example] = EXAMPLES) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """One backbone in the place of four models: what a policy is before training, and what training may change."""
 
+from functools import partial
+
 import pytest
 import torch
 from lm_toys import FAMILIES, PEFT_WARNING
@@ -7,7 +9,7 @@ from ppo_toys import EXAMPLES, letters, new, prompts, rollout, trainer
 
 from tasks.lm.respond import collate, response_logits
 from tasks.rlhf.losses import policy_loss
-from tasks.rlhf.policy import Policy, copied, trunk_of
+from tasks.rlhf.policy import Policy, copied, reads_once, trunk_of
 from tasks.rlhf.rewards import k1
 from tasks.rlhf.rollout import Rollout, part, respond_by_sampling
 from tasks.stage import ParamsError
@@ -62,6 +64,40 @@ def test_a_step_moves_all_that_is_trained_and_nothing_else(family: str, method: 
     assert {name.partition(".")[0] for name in trained} == {"policy", "value_head"} | (
         {"critic"} if separate else set()
     )
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_an_encoder_that_is_not_trained_reads_a_prompt_once_and_nothing_changes(
+    separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for once in (True, False):
+        policy = new("t5", separate=separate, encoder=False)
+        if not once:
+            monkeypatch.setattr("tasks.rlhf.rollout.reads_once", lambda _: False)
+        calls = {"policy": 0, "critic": 0}
+        for name, lm in (("policy", policy.lm), ("critic", policy.critic)):
+            if lm is not None:
+                count = partial(_count, calls, name)
+                lm.model.get_encoder().register_forward_hook(count)
+        ppo = trainer(policy, steps=3, epochs=3, minibatches=1, batch_size=8)
+        for number in range(3):
+            ppo.step(number, EXAMPLES, prompts(policy))
+        reads = (1, 1) if once else (1 + 1 + 3, 1 + 3)  # sampling, reference, values, three epochs
+        assert calls == {"policy": 3 * reads[0], "critic": 3 * reads[1] * separate}
+        seen.append({name: each.detach().clone() for name, each in policy.parameters()})
+    assert seen[0]["value_head.weight"].abs().max() > 0
+    for name, parameter in seen[0].items():
+        assert torch.allclose(parameter, seen[1][name], atol=1e-4), name
+
+
+def _count(calls: dict[str, int], name: str, *_: object) -> None:
+    calls[name] += 1
+
+
+def test_a_trained_encoder_is_read_each_time() -> None:
+    assert reads_once(new("t5", encoder=False).lm)
+    assert not any(reads_once(new(*of).lm) for of in (("t5", "lora"), ("t5", "full"), ("llama", "lora")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+ENCODER = r"(.*\.)?encoder\..*"  # names of an encoder's modules
 ADAPTERS = ("lora", "qlora", "prompt_tuning", "prefix_tuning", "ia3")
 
 
@@ -35,9 +36,10 @@ def adapt(lm: LanguageModel, method: str, options: Mapping[str, Any]) -> Languag
     """Choose what is trained in `lm`, whose model is changed in place.
 
     `options` are those of the method: `lora` and `qlora` take `r`, `alpha`, `dropout` and `target_modules`
-    (None: the layers PEFT knows for the architecture); `prompt_tuning` and `prefix_tuning` take
-    `virtual_tokens`; `ia3` takes `target_modules` and `feedforward_modules`; `bitfit` takes `parameters`, parts
-    of parameter names. `qlora` wants a model from `load_nf4`. Raises ParamsError when nothing would be trained.
+    (None: the layers PEFT knows for the architecture), and `encoder: False` where an encoder shall stay as it
+    is; `prompt_tuning` and `prefix_tuning` take `virtual_tokens`; `ia3` takes `target_modules` and
+    `feedforward_modules`; `bitfit` takes `parameters`, parts of parameter names. `qlora` wants a model from
+    `load_nf4`. Raises ParamsError when nothing would be trained.
     """
     lm.model.requires_grad_(method == "full")
     if method == "bitfit":
@@ -67,6 +69,7 @@ def adapter_config(lm: LanguageModel, method: str, options: Mapping[str, Any]) -
                 lora_alpha=options["alpha"],
                 lora_dropout=options["dropout"],
                 target_modules=options["target_modules"],
+                exclude_modules=None if options.get("encoder", True) or not lm.is_encoder_decoder else ENCODER,
             )
         case "prompt_tuning":
             # Started from real words, which does better than random vectors (Lester et al. 2021, §3.2).

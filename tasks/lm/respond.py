@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from tasks.lm.model import LanguageModel, is_adapter
 
@@ -30,10 +31,11 @@ class Batch(NamedTuple):
     prompt_mask: Tensor  # [B, P] int64, 1 on real tokens
     response_ids: Tensor  # [B, T] int64
     response_mask: Tensor  # [B, T] int64
+    prompt_states: Tensor | None = None  # [B, P, D], what an encoder made of the prompts; None: not read yet
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
 def encode_prompts(lm: LanguageModel, prompts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
@@ -104,6 +106,13 @@ def collate(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequ
     return Batch(*_pad(prompts, pad, left=not lm.is_encoder_decoder), *_pad(responses, pad, left=False))
 
 
+def read_prompts(lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    """What the encoder of a seq2seq model makes of the prompts, `[B, P, D]`."""
+    read = lm.model.get_encoder()(input_ids=prompt_ids.to(lm.device), attention_mask=prompt_mask.to(lm.device))
+    states: Tensor = read.last_hidden_state
+    return states
+
+
 def model_inputs(lm: LanguageModel, batch: Batch) -> dict[str, Any]:
     """Keyword arguments of a forward pass over prompt and response, with `labels` `[B, T]` beside them.
 
@@ -114,7 +123,7 @@ def model_inputs(lm: LanguageModel, batch: Batch) -> dict[str, Any]:
     if lm.is_encoder_decoder:
         start = lm.model.config.decoder_start_token_id
         return {
-            "input_ids": batch.prompt_ids,
+            **_prompt_inputs(batch),
             "attention_mask": batch.prompt_mask,
             "decoder_input_ids": F.pad(batch.response_ids[:, :-1], (1, 0), value=start),
             "labels": labels,
@@ -127,6 +136,12 @@ def model_inputs(lm: LanguageModel, batch: Batch) -> dict[str, Any]:
         "logits_to_keep": batch.response_ids.shape[1] + 1,
         "labels": labels,
     }
+
+
+def _prompt_inputs(batch: Batch) -> dict[str, Any]:
+    if batch.prompt_states is None:
+        return {"input_ids": batch.prompt_ids}
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=batch.prompt_states)}
 
 
 class Outputs(NamedTuple):
@@ -151,11 +166,12 @@ def response_hidden(lm: LanguageModel, batch: Batch) -> Tensor:
     width = inputs.pop("labels").shape[1]
     model = lm.model.get_base_model() if is_adapter(lm) else lm.model
     if lm.is_encoder_decoder:
-        mask = inputs["attention_mask"]
-        read = model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        mask, read = batch.prompt_mask.to(lm.device), batch.prompt_states
         found: Tensor = model.get_decoder()(
             input_ids=inputs["decoder_input_ids"],
-            encoder_hidden_states=read,
+            encoder_hidden_states=read_prompts(lm, batch.prompt_ids, mask)
+            if read is None
+            else read.to(lm.device),
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
@@ -201,13 +217,18 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+    lm: LanguageModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    prompt_states: Tensor | None = None,
 ) -> Samples:
     """Sample from the whole distribution softmax(logits / `temperature`), with a key-value cache.
 
     Token t of row b is where the cumulative distribution passes `uniforms[b, t]` (`[B, longest response]`,
     in [0, 1)): a response depends on its own prompt and numbers only, not on the rows beside it. A row that
-    has ended leaves the batch and costs no more.
+    has ended leaves the batch and costs no more. `prompt_states` is what `read_prompts` gave, if it was asked.
     """
     rows, longest = uniforms.shape
     prompt_ids, prompt_mask = prompt_ids.to(lm.device), prompt_mask.to(lm.device)
@@ -216,7 +237,7 @@ def sample(
     ids = torch.full((rows, longest), lm.tokenizer.pad_token_id, device=lm.device)
     mask = torch.zeros((rows, longest), dtype=torch.int64, device=lm.device)
     logprobs = torch.zeros((rows, longest), device=lm.device)
-    decoder = _Decoder(lm, prompt_ids, prompt_mask)
+    decoder = _Decoder(lm, prompt_ids, prompt_mask, prompt_states)
     hidden = torch.zeros((rows, longest, decoder.width), device=lm.device)
     active = torch.arange(rows, device=lm.device)
     tokens = None
@@ -250,13 +271,16 @@ def _inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
 class _Decoder:
     """One token after another for a batch of prompts, of which rows can be dropped."""
 
-    def __init__(self, lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+    def __init__(
+        self, lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor, prompt_states: Tensor | None
+    ) -> None:
         self.width: int = lm.model.get_output_embeddings().weight.shape[1]
         self._lm, self._mask, self._prompt_ids = lm, prompt_mask, prompt_ids
         self._cache: Any = None
         self._encoded: Any = None
         if lm.is_encoder_decoder:
-            self._encoded = lm.model.get_encoder()(input_ids=prompt_ids, attention_mask=prompt_mask)
+            read = read_prompts(lm, prompt_ids, prompt_mask) if prompt_states is None else prompt_states
+            self._encoded = BaseModelOutput(last_hidden_state=read)
 
     def step(self, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits `[b, V]` and hidden states `[b, D]` behind `tokens` `[b]` (None: behind the prompt)."""

@@ -42,13 +42,16 @@ class Policy:
     reference: LanguageModel | None  # None: `lm` with its adapter off
     critic: LanguageModel | None  # None: the value head reads the policy's own hidden states
 
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """Log-probabilities, entropies and values of the response tokens, with gradients."""
+    def evaluate(self, batch: Batch, critic_states: Tensor | None = None) -> Evaluation:
+        """Log-probabilities, entropies and values of the response tokens, with gradients.
+
+        `critic_states` `[B, P, D]` is what the critic's encoder made of the prompts; None: it reads them now.
+        """
         batch = batch.to(self.lm.device)
         logits, hidden = response_outputs(self.lm, batch)
         logits = logits / self.temperature
         if self.critic is not None:
-            hidden = response_hidden(self.critic, batch)
+            hidden = response_hidden(self.critic, batch._replace(prompt_states=critic_states))
         return Evaluation(
             logprobs=token_logprobs(logits, batch.response_ids),
             entropy=entropy(logits),
@@ -90,6 +93,13 @@ class Policy:
     def answering(self) -> LanguageModel:
         """A plain model that answers as the policy does; the policy itself is not changed."""
         return merged(LanguageModel(copy.deepcopy(self.lm.model), self.lm.tokenizer))
+
+
+def reads_once(lm: LanguageModel) -> bool:
+    """Whether what the model makes of a prompt stays as it is: it has an encoder, and that is not trained."""
+    return lm.is_encoder_decoder and not any(
+        parameter.requires_grad for parameter in lm.model.get_encoder().parameters()
+    )
 
 
 def new_policy(

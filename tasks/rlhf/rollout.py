@@ -1,7 +1,8 @@
 """Rollouts: the policy's own answers to a batch of prompts, with all that an update needs to know of them.
 
 Each prompt is read once and each token sampled once. The log-probabilities and values are those of the sampling
-pass itself; the reference and the reward then read the finished answers. Prompts are answered together with
+pass itself; the reference and the reward then read the finished answers. What an encoder that is not trained
+made of a prompt is kept: the reference and every update start from there. Prompts are answered together with
 others of similar length. Left out: prompts answered by another engine.
 """
 
@@ -11,10 +12,11 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tasks.data.records import Example
-from tasks.lm.respond import Batch, batches_by_length, collate, response_hidden, sample
-from tasks.rlhf.policy import Policy
+from tasks.lm.respond import Batch, batches_by_length, collate, read_prompts, response_hidden, sample
+from tasks.rlhf.policy import Policy, reads_once
 
 
 class Scores(NamedTuple):
@@ -40,6 +42,9 @@ class Responses(NamedTuple):
     values: Tensor  # [N, T], 0 on padding; of no use where the critic has a trunk of its own
     ended: Tensor  # [N] bool, whether the response closes with the end token
     answers: list[str]
+    prompt_states: (
+        list[Tensor] | None
+    )  # N of [P, D], on the policy's device; None: the encoder is trained, or none
 
 
 class Rollout(NamedTuple):
@@ -49,6 +54,7 @@ class Rollout(NamedTuple):
     responses: Responses
     ref_logprobs: Tensor  # [N, T], 0 on padding
     scores: Scores
+    critic_states: list[Tensor] | None  # as `Responses.prompt_states`, of the critic's encoder
 
     @property
     def mask(self) -> Tensor:
@@ -64,10 +70,15 @@ def respond_by_sampling(
     A response depends on its own prompt and uniforms alone, not on the batch it was sampled in.
     """
     rows_of, found = [], []
+    states: dict[int, Tensor] = {}
     with torch.no_grad():
         for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
             batch = collate(policy.lm, [prompts[row] for row in rows], [[] for _ in rows])
-            drawn = sample(policy.lm, batch.prompt_ids, batch.prompt_mask, uniforms[rows], policy.temperature)
+            asked = (batch.prompt_ids, batch.prompt_mask)
+            read = read_prompts(policy.lm, *asked) if reads_once(policy.lm) else None
+            drawn = sample(policy.lm, *asked, uniforms[rows], policy.temperature, read)
+            if read is not None:
+                states |= _by_row(read, prompts, rows)
             values = policy.values(drawn.hidden) * drawn.response_mask
             rows_of.append(torch.tensor(rows))
             found.append((drawn.response_ids, drawn.response_mask, drawn.logprobs, values))
@@ -80,7 +91,9 @@ def respond_by_sampling(
     ends = torch.tensor(policy.lm.model.generation_config.eos_token_id)
     kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     texts = policy.lm.tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return Responses(ids, mask, logprobs, values, torch.isin(last, ends), [text.strip() for text in texts])
+    answers = [text.strip() for text in texts]
+    read_once = [states[row] for row in range(len(prompts))] if states else None
+    return Responses(ids, mask, logprobs, values, torch.isin(last, ends), answers, read_once)
 
 
 def collect(
@@ -95,16 +108,22 @@ def collect(
     responses = respond_by_sampling(policy, prompts, uniforms, batch_size)
     ref_logprobs = torch.zeros_like(responses.logprobs)
     values = responses.values
+    states: dict[int, Tensor] = {}
     for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
         batch, width = part(policy, prompts, responses, rows)
-        found = policy.reference_logprobs(batch).cpu() * responses.mask[rows, :width]
-        ref_logprobs[rows, :width] = found
+        mask = responses.mask[rows, :width]
+        ref_logprobs[rows, :width] = policy.reference_logprobs(batch).cpu() * mask
         if policy.critic is not None:
             with torch.no_grad():
-                valued = policy.values(response_hidden(policy.critic, batch))
-            values[rows, :width] = valued.cpu() * responses.mask[rows, :width]
+                batch = batch._replace(prompt_states=None)
+                if reads_once(policy.critic):
+                    read = read_prompts(policy.critic, batch.prompt_ids, batch.prompt_mask)
+                    states |= _by_row(read, prompts, rows)
+                    batch = batch._replace(prompt_states=read)
+                values[rows, :width] = policy.values(response_hidden(policy.critic, batch)).cpu() * mask
     scores = reward(examples, responses.answers)
-    return Rollout(prompts, responses, ref_logprobs, scores)
+    critic_states = [states[row] for row in range(len(prompts))] if states else None
+    return Rollout(prompts, responses, ref_logprobs, scores, critic_states)
 
 
 def part(
@@ -113,7 +132,18 @@ def part(
     """The episodes at `rows` as a batch with no more padding than they need, and how many tokens wide."""
     lengths = responses.mask[rows].sum(dim=1).tolist()
     ids = [responses.response_ids[row, :length].tolist() for row, length in zip(rows, lengths, strict=True)]
-    return collate(policy.lm, [prompts[row] for row in rows], ids), max(lengths)
+    batch = collate(policy.lm, [prompts[row] for row in rows], ids)
+    return batch._replace(prompt_states=padded(responses.prompt_states, rows)), max(lengths)
+
+
+def padded(states: Sequence[Tensor] | None, rows: Sequence[int]) -> Tensor | None:
+    """The encoder's states `[B, P, D]` of the prompts at `rows`; None of None."""
+    return None if states is None else pad_sequence([states[row] for row in rows], batch_first=True)
+
+
+def _by_row(read: Tensor, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> dict[int, Tensor]:
+    """The states `[P, D]` of each prompt out of those of a batch, without its padding."""
+    return {row: read[at, : len(prompts[row])] for at, row in enumerate(rows)}
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -47,7 +47,7 @@ def _model_score(part: ModelPart, compute: Compute) -> Score:
     def score(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         prompts = [example.prompt for example in examples]
         found = scores(classifier, prompts, answers, batch_size=part.batch_size, label=part.label)
-        return [_logistic(value) for value in found] if part.squash else found
+        return found if part.squash is None else [_logistic(value - part.squash) for value in found]
 
     return score
 

@@ -120,16 +120,19 @@ class Watch(Section):
 class ModelPart(Section):
     """The score of a sequence classifier: a folder or a hub id (at `revision`).
 
-    `label` names one of a classifier's labels, whose logit is the score; null: a reward model's one score. With
-    `squash` the score goes through the logistic function: of a reward model whose reference answers score 0 on
-    average, that is the chance that people prefer the answer to such a reference (Bradley & Terry, 1952).
+    `label` names one of a classifier's labels, whose logit is the score; null: a reward model's one score.
+    Unless `squash` is null the score goes through the logistic function, which is ½ at a score of `squash`: the
+    chance that people prefer the answer to one of that score (Bradley & Terry, 1952). At 0, where references
+    score on average, that asks to be better than those; well below it, to be good enough. Then it counts for
+    little which of two good answers a reward model likes more: there it errs most, and there it is exploited
+    (arXiv 2502.18770).
     """
 
     kind: Literal["model"]
     source: Annotated[str, Field(min_length=1)]
     revision: str | None
     label: str | None
-    squash: bool
+    squash: float | None
     batch_size: PositiveInt
     weight: float
 

@@ -18,7 +18,7 @@ from tasks.rlhf.losses import explained_variance, policy_loss, value_loss
 from tasks.rlhf.masked import masked_mean, masked_sum, whiten
 from tasks.rlhf.policy import Policy
 from tasks.rlhf.rewards import adaptive_beta, k1, k3, penalise_unfinished, token_rewards
-from tasks.rlhf.rollout import Reward, Rollout, collect, part
+from tasks.rlhf.rollout import Reward, Rollout, collect, padded, part
 from tasks.rlhf.settings import Kl, Rollouts, Update
 
 ADAM_EPS = 1e-5  # arXiv 2403.17031, detail 17
@@ -95,7 +95,7 @@ class Ppo:
         for at in range(0, len(rows), size):
             some = rows[at : at + size]
             batch, width = part(self.policy, rollout.prompts, old, some)
-            new = self.policy.evaluate(batch)
+            new = self.policy.evaluate(batch, padded(rollout.critic_states, some))
             mask, device = batch.response_mask.to(new.logprobs.device), new.logprobs.device
             were, valued, gained, due = (
                 tensor[some, :width].to(device) for tensor in (old.logprobs, old.values, advantages, returns)
