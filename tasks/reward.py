@@ -11,9 +11,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tasks.data.records import Comparisons, read_comparisons
 from tasks.lm.schedule import Schedule
@@ -51,14 +51,16 @@ class Lora(Section):
 class Params(Section):
     """The section `reward` of params.yaml; the section named like the `method` is used.
 
-    To the score that is learnt, `likelihood` times the mean log-likelihood of the answer's tokens is added. A
-    longer prompt loses its middle, a longer answer its end. The same training is done once more, on labels that
-    say nothing, with `shuffled_control` prompts (0: not at all). Intervals are from `bootstrap_samples` samples
-    of the prompts.
+    To the score that is learnt, `likelihood` times the mean log-likelihood of the answer's tokens is added, and
+    `language_loss` is the weight of the language model's loss on the preferred answers, without which training
+    would forget what makes them likely. A longer prompt loses its middle, a longer answer its end. The same
+    training is done once more, on labels that say nothing, with `shuffled_control` prompts (0: not at all).
+    Intervals are from `bootstrap_samples` samples of the prompts.
     """
 
     model: Start
     likelihood: NonNegativeFloat
+    language_loss: NonNegativeFloat
     method: Literal["full", "lora"]
     max_prompt_tokens: PositiveInt
     max_response_tokens: PositiveInt
@@ -68,6 +70,12 @@ class Params(Section):
     lora: Lora
     shuffled_control: NonNegativeInt
     bootstrap_samples: PositiveInt
+
+    @model_validator(mode="after")
+    def _a_language_head(self) -> Self:
+        if self.language_loss and not self.likelihood:
+            raise ValueError("language_loss is of the likelihood: without likelihood, set it to 0")
+        return self
 
 
 def reward(
@@ -111,7 +119,8 @@ def reward(
     }
     if params.shuffled_control:
         some = _shuffled(train[: params.shuffled_control], context.seed)
-        shuffled, _ = _trained(params, some, test, _beside(context, "shuffled"))
+        once = params.model_copy(update={"schedule": params.schedule.model_copy(update={"evaluations": 1})})
+        shuffled, _ = _trained(once, some, test, _beside(context, "shuffled"))
         controls["shuffled"] = margins(shuffled)
     flipped = np.array([flip for each in test for flip in each.flipped])
     draws = resamples(len(test), params.bootstrap_samples, context.seed)
@@ -163,7 +172,9 @@ def _trained(
         learning_rate = params.lora.learning_rate
         classifier = with_lora(classifier, params.lora.model_dump())
     rows, held_out = elements(classifier, train), elements(classifier, test)
-    training = train_on_preferences(classifier, rows, held_out, params.schedule, learning_rate, context)
+    training = train_on_preferences(
+        classifier, rows, held_out, params.schedule, learning_rate, params.language_loss, context
+    )
     return classifier, training
 
 

@@ -71,6 +71,7 @@ def reward_section(**changes: Any) -> dict[str, Any]:
         "full": {"learning_rate": 0.005},
         "lora": {"learning_rate": 0.02, **LORA},
         "likelihood": 0.0,
+        "language_loss": 0.0,
         "shuffled_control": 0,
         "bootstrap_samples": 100,
         **changes,

@@ -13,14 +13,18 @@ import torch
 from alignment_stages import reward_section
 from classifier_toys import KINDS, lay_model, toy_classifier
 from lm_stages import Workplace
-from lm_toys import COMPUTE, PEFT_WARNING, context
+from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context
+from pydantic import ValidationError
 from test_base import assert_one_line
+from torch import Tensor
 
 from tasks.data.records import Comparisons, read_comparisons
-from tasks.lm.classifier import load_classifier, scores
+from tasks.lm.classifier import Classifier, load_classifier, new_classifier, scores
+from tasks.lm.model import load
+from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
 from tasks.metrics import preferences
 from tasks.reward import Params, _shuffled, reward
-from tasks.rlhf.preference import _collate, elements, loss_of
+from tasks.rlhf.preference import _collate, elements, losses
 from tasks.stage import DataError, ParamsError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -124,23 +128,59 @@ def test_without_references_the_preferred_ones_score_0_on_average(tmp_path: Path
     assert np.mean(scores(opened, *zip(*preferred, strict=True), batch_size=5)) == pytest.approx(0, abs=1e-5)
 
 
+def score_of(classifier: Classifier, each: Comparisons, completion: int) -> Tensor:
+    """The score of one completion, read by itself."""
+    texts = classifier.encode([each.prompt], [each.completions[completion]])
+    return classifier.read(classifier.collate(texts)).scores
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_language_loss_is_that_of_the_preferred_answers(family: str, tmp_path: Path) -> None:
+    folder = lay_model(family, tmp_path / "start")
+    classifier = new_classifier(folder, COMPUTE, likelihood=2.0)
+    classifier.model.eval()
+    some = toy_comparisons(3, 1)
+    lm = load(folder, COMPUTE)
+    preferred = [(each.prompt, each.completions[better]) for each in some for better, _ in each.pairs]
+    prompts, answers = zip(*preferred, strict=True)
+    by_hand = likelihoods(lm, encode_prompts(lm, prompts), encode_responses(lm, answers), batch_size=1)
+    found = losses(classifier, _collate(classifier, elements(classifier, some))).language
+    assert found is not None
+    assert found.item() == pytest.approx(np.mean([each.nll / each.tokens for each in by_hand]), abs=1e-5)
+
+
+def test_the_language_loss_keeps_what_the_language_model_knew(tmp_path: Path) -> None:
+    here = ground(tmp_path, "t5")
+    test = toy_comparisons(40, 2)
+    found = {}
+    for weight in (0.0, 3.0):
+        called(here.root, likelihood=1.0, language_loss=weight)
+        classifier = load_classifier(here.root / "models" / "reward", COMPUTE)
+        loss = losses(classifier, _collate(classifier, elements(classifier, test))).language
+        assert loss is not None
+        found[weight] = loss.item()
+    assert found[3.0] < found[0.0] - 0.1
+
+
+def test_a_language_loss_without_likelihood_is_refused() -> None:
+    with pytest.raises(ValidationError, match="language_loss is of the likelihood"):
+        Params(**reward_section(language_loss=1.0))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_pairs_in_one_element_are_the_mean_of_the_pairs_one_by_one(kind: str, tmp_path: Path) -> None:
     """Prompts with more pairs weigh no more than others."""
     classifier = toy_classifier(kind, tmp_path)
     some = toy_comparisons(3, 1)
     some[1] = some[1].model_copy(update={"pairs": some[1].pairs[:1], "flipped": (False,)})
-    together = loss_of(classifier, _collate(classifier, elements(classifier, some)))
+    together = losses(classifier, _collate(classifier, elements(classifier, some))).preference
     expected = []
     for each in some:
-        losses = []
-        for pair in each.pairs:
-            chosen, other = (
-                classifier.logits(classifier.collate(classifier.encode([each.prompt], [each.completions[at]])))
-                for at in pair
-            )
-            losses.append(-torch.log(torch.sigmoid(chosen - other)))
-        expected.append(torch.stack(losses).mean())
+        margins = [
+            score_of(classifier, each, better) - score_of(classifier, each, worse)
+            for better, worse in each.pairs
+        ]
+        expected.append(-torch.stack(margins).sigmoid().log().mean())
     assert together.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
 
 

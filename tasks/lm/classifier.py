@@ -18,7 +18,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ class Text:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+class Reading(NamedTuple):
+    """What a reward model makes of N texts; each `[N]`, float32."""
+
+    scores: Tensor  # before the shift
+    logprobs: Tensor | None  # the mean log-likelihood of each answer's tokens; None: not read
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Classifier:
         ]
 
     def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        """A batch of N texts on the CPU, as `logits` takes it."""
+        """A batch of N texts on the CPU, as `read` takes it."""
         match self.family:
             case "seq2seq":
                 return self._collate_seq2seq(texts)
@@ -136,8 +143,8 @@ class Classifier:
             **({"token_type_ids": kinds} if kinds.shape[1] else {}),
         }
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The only output `[N]` of a reward model (float32), before the shift."""
+    def read(self, batch: Mapping[str, Tensor]) -> Reading:
+        """The only output of a reward model, and what its language head tells of the answers."""
         model = self.bare
         match self.family:
             case "seq2seq":
@@ -155,19 +162,20 @@ class Classifier:
                 ).last_hidden_state
                 found = model.score(hidden[batch["row"], batch["end"]])
             case _:
-                return model(**batch).logits[:, 0].float()  # type: ignore[no-any-return]
+                return Reading(model(**batch).logits[:, 0].float(), None)
         scores: Tensor = found[:, 0].float()
-        return scores + self._likelihood(hidden, batch) if self.language_head else scores
+        if self.language_head is None:
+            return Reading(scores, None)
+        logprobs = self._logprobs(self.language_head, hidden, batch)
+        return Reading(scores + self.likelihood * logprobs, logprobs)
 
-    def _likelihood(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the likelihood adds to each score, `[N]`, from the last states `[R, L, D]`."""
-        assert self.language_head is not None
+    def _logprobs(self, head: LanguageHead, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean log-likelihood of each answer, `[N]`, from the last states `[R, L, D]`."""
         length, row = batch["length"], batch["row"][:, None]
         step = torch.arange(int(length.max()), device=hidden.device)
         mask = step < length[:, None]
         at = ((batch["end"] - length)[:, None] + step) * mask
-        ids = batch["answer_ids"][row, at + 1]
-        return self.likelihood * self.language_head.mean_logprob(hidden[row, at], ids, mask)
+        return head.mean_logprob(hidden[row, at], batch["answer_ids"][row, at + 1], mask)
 
     @property
     def _lm(self) -> LanguageModel:
@@ -343,7 +351,7 @@ def scores(
         for rows in batches_by_length([len(text) for text in texts], batch_size):
             chosen = [texts[row] for row in rows]
             values = (
-                classifier.logits(_moved(classifier, classifier.collate(chosen))) - classifier.shift
+                classifier.read(_moved(classifier, classifier.collate(chosen))).scores - classifier.shift
                 if column is None
                 else _logits_alone(classifier, chosen)[:, column].float()
             )

@@ -1,13 +1,14 @@
 """Train a reward model on preferences, with TRL's RewardTrainer.
 
 Added to it: a batch element is a prompt with all its completions and pairs, each completion read once, and the
-loss of an element is the mean over its pairs (arXiv 2203.02155 eq. 1); both model families; what
-tasks/lm/train.py adds to transformers' Trainer.
+loss of an element is the mean over its pairs (arXiv 2203.02155 eq. 1); both model families; a loss of the
+language model, so that its states keep what they tell of an answer; what tasks/lm/train.py adds to
+transformers' Trainer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -51,15 +52,20 @@ def train_on_preferences(
     held_out: Sequence[Element],
     schedule: Schedule,
     learning_rate: float,
+    language_loss: float,
     context: Context,
 ) -> Training:
-    """Train what requires gradients in the classifier, in place. Resumes, and raises, as `train`."""
+    """Train what requires gradients in the classifier, in place. Resumes, and raises, as `train`.
+
+    `language_loss` is the weight of the loss of the preferred answers' tokens beside that of the pairs.
+    """
     lengths = [len(row) for row in rows]
     plan = batches(lengths, schedule, context.seed)
 
     def trainer(arguments: _Arguments) -> Trainer:
         return _PreferenceTrainer(
             classifier=classifier,
+            language_loss=language_loss,
             held_out_loss=lambda: mean_loss(classifier, held_out, schedule.rows_at_once),
             model=classifier.model,
             args=arguments,
@@ -73,18 +79,26 @@ def train_on_preferences(
     return fit(trainer, _Arguments, plan, lengths, schedule, learning_rate, context)
 
 
-def loss_of(classifier: Classifier, batch: dict[str, Tensor]) -> Tensor:
-    """The mean over the elements of a collated batch of the mean over each one's pairs."""
+class Losses(NamedTuple):
+    """The losses of a batch; scalars."""
+
+    preference: Tensor  # the mean over its elements of the mean over each one's pairs
+    language: Tensor | None  # nats a token of the preferred answers; None: the classifier has no language head
+
+
+def losses(classifier: Classifier, batch: dict[str, Tensor]) -> Losses:
+    """The losses of a collated batch (arXiv 2203.02155 eq. 1; 2406.10216 §3.2, on the preferred answers)."""
     texts = {name: tensor for name, tensor in batch.items() if name not in ("better", "worse", "element")}
-    scores = classifier.logits(texts)
+    scores, logprobs = classifier.read(texts)
     differences = scores[batch["better"]] - scores[batch["worse"]]
     counts = batch["element"].bincount().tolist()
     each = [preference_loss(part) for part in torch.split(differences, counts)]
-    return torch.stack(each).mean()
+    language = None if logprobs is None else -logprobs[batch["better"]].mean()
+    return Losses(torch.stack(each).mean(), language)
 
 
 def mean_loss(classifier: Classifier, rows: Sequence[Element], batch_size: int) -> float:
-    """The loss over all rows, without gradients."""
+    """The loss of the pairs of all rows, without gradients."""
     was_training = classifier.model.training
     classifier.model.eval()
     total = 0.0
@@ -94,7 +108,7 @@ def mean_loss(classifier: Classifier, rows: Sequence[Element], batch_size: int) 
             batch = {
                 name: each.to(classifier.model.device) for name, each in _collate(classifier, some).items()
             }
-            total += float(loss_of(classifier, batch)) * len(some)
+            total += float(losses(classifier, batch).preference) * len(some)
     classifier.model.train(was_training)
     return total / len(rows)
 
@@ -109,9 +123,9 @@ class _Arguments(RewardConfig):  # type: ignore[misc]
 class _PreferenceTrainer(HeldOutLoss, RewardTrainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, classifier: Classifier, **arguments: Any) -> None:
+    def __init__(self, *, classifier: Classifier, language_loss: float, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._classifier = classifier
+        self._classifier, self._language_loss = classifier, language_loss
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
@@ -123,14 +137,17 @@ class _PreferenceTrainer(HeldOutLoss, RewardTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        return loss_of(self._classifier, inputs)
+        found = losses(self._classifier, inputs)
+        if found.language is None:
+            return found.preference
+        return found.preference + self._language_loss * found.language
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """A checkpoint needs none."""
 
 
 def _collate(classifier: Classifier, rows: Sequence[Element]) -> dict[str, Tensor]:
-    """A batch for `Classifier.logits`, with the places of the pairs in it and the element of each pair."""
+    """A batch for `Classifier.read`, with the places of the pairs in it and the element of each pair."""
     better, worse, element, start = [], [], [], 0
     for number, row in enumerate(rows):
         better += [start + first for first, _ in row.pairs]
