@@ -52,20 +52,18 @@ def watched(params: Any, seed: int) -> list[dict[str, Any]]:
     from tasks.lm.peft import merged
     from tasks.lm.respond import encode_prompts
     from tasks.metrics.detector import scorer
-    from tasks.ppo import _critic
     from tasks.rlhf.assess import Held, health
     from tasks.rlhf.course import rows_of_step
     from tasks.rlhf.guard import Guard
-    from tasks.rlhf.policy import new_policy
+    from tasks.rlhf.policy import new_critic, new_policy
     from tasks.rlhf.scoring import weighted_sum
     from tasks.rlhf.trainer import Ppo
-    from tasks.stage import Compute, Context, NullTrack
+    from tasks.stage import Compute
 
     compute = Compute(device="cpu", precision="fp32", threads=None)
     torch.manual_seed(seed)
     lm = merged(load("models/finetune", compute, trainable=True))
-    context = Context("guard", seed, compute, Path(".work"), NullTrack())
-    critic = _critic(params.value, lm, context)
+    critic = new_critic(params.value, lm, compute)
     policy = new_policy(lm, params.method, params.lora.model_dump(), params.rollouts.temperature, critic)
     reward = weighted_sum(params.reward, compute)
     ppo = Ppo(policy, reward, params.kl, params.rollouts, params.update, params.steps, seed)

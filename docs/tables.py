@@ -50,9 +50,24 @@ def parity_table(result: Mapping[str, Any]) -> str:
     return markdown(("Quantity", "Largest difference", "Numbers"), rows)
 
 
-def finetune_methods_table(result: Mapping[str, Any]) -> str:
-    """What each tuning method costs, gains and forgets, as the benchmark printed it."""
+def printed_table(result: Mapping[str, Any]) -> str:
+    """The table that the benchmark printed."""
     return markdown(result["table"]["header"], result["table"]["lines"])
+
+
+def guard_table(result: Mapping[str, Any]) -> str:
+    """How often the guard spoke where it should, and where it should not."""
+    lead = result["median_lead_steps"]
+    rows = [
+        ("runs on a reward that can be cheated", str(result["cheated_runs"])),
+        ("of these, gold score lost", str(result["gold_lost"])),
+        ("of these, the guard spoke", str(result["detected"])),
+        ("of these, before the loss or at the same look", str(result["spoke_in_time"])),
+        ("steps it was ahead, median", "–" if lead is None else f"{lead:g}"),
+        ("runs on the reward of `params.yaml`", str(result["honest_runs"])),
+        ("of these, the guard spoke", str(result["false_alarms"])),
+    ]
+    return markdown(("Guard", "Count"), rows)
 
 
 def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
@@ -110,7 +125,9 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "objective": (Path("metrics/ppo.json"), objective_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
     "parity_trl": (Path("benchmarks/results/parity_trl.json"), parity_table),
-    "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), finetune_methods_table),
+    "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), printed_table),
+    "ppo_vs_trl": (Path("benchmarks/results/ppo_vs_trl.json"), printed_table),
+    "guard": (Path("benchmarks/results/guard.json"), guard_table),
 }
 
 

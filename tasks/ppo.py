@@ -91,7 +91,7 @@ def ppo(
     from tasks.rlhf.assess import draw_before_and_after, objectives
     from tasks.rlhf.course import Course
     from tasks.rlhf.guard import Guard
-    from tasks.rlhf.policy import new_policy
+    from tasks.rlhf.policy import new_critic, new_policy
     from tasks.rlhf.report import write_report
     from tasks.rlhf.scoring import weighted_sum
     from tasks.rlhf.trainer import Ppo
@@ -108,7 +108,7 @@ def ppo(
     context.track.dataset("examples", train_data, hash_file(train_data), len(examples))
     lm = merged(load(start, context.compute, trainable=True))
     reward = weighted_sum(params.reward, context.compute)
-    critic = _critic(params.value, lm, context)
+    critic = new_critic(params.value, lm, context.compute)
     policy = new_policy(lm, params.method, params.lora.model_dump(), params.rollouts.temperature, critic)
     trainer = Ppo(policy, reward, params.kl, params.rollouts, params.update, params.steps, context.seed)
     watched = _held(lm, held_out[: params.guard.prompts], 1, params.rollouts, context.seed)
@@ -161,18 +161,6 @@ def _held(
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(examples) * samples, rollouts.max_response_tokens, generator=generator)
     return Held(examples, prompts, draws)
-
-
-def _critic(value: Value, lm: "LanguageModel", context: Context) -> "LanguageModel | None":
-    """The trunk of the value function; None when it is the policy's."""
-    from tasks.lm.classifier import load_classifier
-    from tasks.rlhf.policy import copied, trunk_of
-
-    if value.trunk == "shared":
-        return None
-    if value.source is None:
-        return copied(lm)
-    return trunk_of(load_classifier(value.source, context.compute).model, lm)
 
 
 def _examples(path: Path, task: str, only: "Scorer | None", toxic_from: float) -> "list[Example]":

@@ -97,14 +97,9 @@ def reward(
     train, test = read_comparisons(train_data), read_comparisons(test_data)
     context.track.dataset("comparisons", train_data, hash_file(train_data), len(train))
     classifier, training = _trained(params, train, test, context)
-    wanted = _demonstrations(train)
-
-    def mean_of_wanted() -> float:
-        found = scores(classifier, *zip(*wanted, strict=True), batch_size=params.batch_size)
-        return sum(found) / len(found)
-
     trainable = classifier.trainable_parameters
-    shift = mean_of_wanted()
+    worth = scores(classifier, *zip(*_demonstrations(train), strict=True), batch_size=params.batch_size)
+    shift = sum(worth) / len(worth)
     classifier = classifier.shifted(shift)
 
     def margins(by: "Classifier") -> preferences.Array:
@@ -139,7 +134,6 @@ def reward(
         "pairs": len(margin),
         "prompts": len(test),
         "shift": shift,
-        "reference_mean": mean_of_wanted(),
         "loss_before": training.evaluations[0]["eval_loss"],
         "loss_after": training.evaluations[-1]["eval_loss"],
         "parameters": classifier.parameters,

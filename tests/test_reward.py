@@ -111,7 +111,6 @@ def test_references_score_0_on_average_in_the_saved_model(kind: str, tmp_path: P
     here = ground(tmp_path, kind, count=16)
     metrics = called(here.root)
     assert abs(metrics["shift"]) > 1e-4
-    assert metrics["reference_mean"] == pytest.approx(0, abs=1e-5)
     train = read_comparisons(here.root / "data" / "feedback" / "train.jsonl")
     prompts, references = zip(*((each.prompt, str(each.reference)) for each in train), strict=True)
     opened = load_classifier(here.root / "models" / "reward", COMPUTE)
@@ -122,7 +121,7 @@ def test_without_references_the_preferred_ones_score_0_on_average(tmp_path: Path
     here = ground(tmp_path, "t5", count=16)
     train = [each.model_copy(update={"reference": None}) for each in toy_comparisons(16, 1)]
     write(here.root / "data" / "feedback" / "train.jsonl", train)
-    assert called(here.root)["reference_mean"] == pytest.approx(0, abs=1e-5)
+    called(here.root)
     preferred = [(each.prompt, each.completions[better]) for each in train for better, _ in each.pairs]
     opened = load_classifier(here.root / "models" / "reward", COMPUTE)
     assert np.mean(scores(opened, *zip(*preferred, strict=True), batch_size=5)) == pytest.approx(0, abs=1e-5)

@@ -114,7 +114,7 @@ def _t5(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTr
             num_layers=architecture.layers,
             num_heads=architecture.heads,
             dropout_rate=architecture.dropout,
-            feed_forward_proj="gated-gelu",
+            feed_forward_proj="gated-silu",
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,

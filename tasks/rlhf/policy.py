@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tasks.lm.classifier import load_classifier
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, merged
 from tasks.lm.respond import Batch, entropy, response_hidden, response_outputs, token_logprobs
-from tasks.stage import ParamsError
+from tasks.rlhf.settings import Value
+from tasks.stage import Compute, ParamsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,6 +126,19 @@ def new_policy(
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return Policy(policy, head, temperature, reference, own_trunk)
+
+
+def new_critic(value: Value, lm: LanguageModel, compute: Compute) -> LanguageModel | None:
+    """The trunk of the value function beside the policy `lm`; None when it is the policy's own.
+
+    Raises UserError when the classifier it begins as cannot be opened, and ParamsError when that is of another
+    architecture.
+    """
+    if value.trunk == "shared":
+        return None
+    if value.source is None:
+        return copied(lm)
+    return trunk_of(load_classifier(value.source, compute).model, lm)
 
 
 def trunk_of(classifier: "PreTrainedModel", lm: LanguageModel) -> LanguageModel:
