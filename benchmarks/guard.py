@@ -84,7 +84,7 @@ def watched(params: Any, seed: int) -> list[dict[str, Any]]:
             gold = statistics.fmean(seen.gold)
             looks.append({"step": step, "proxy": seen.proxy, "gold": gold, "said": list(said)})
         if step < params.steps:
-            rows = rows_of_step(step, EPISODES, len(examples), seed)
+            rows = rows_of_step(step, EPISODES, params.rollouts.answers, len(examples), seed)
             ppo.step(step, [examples[row] for row in rows], [prompts[row] for row in rows])
     return looks
 

@@ -242,6 +242,7 @@ def ours(size: Size, method: str, seed: int, folder: Path) -> dict[str, Any]:
     policy = new_policy(lm, method, LORA, TEMPERATURE)  # type: ignore[arg-type]
     rollouts = Rollouts(
         episodes=size.episodes,
+        answers=1,
         batch_size=size.episodes,
         max_prompt_tokens=256,
         max_response_tokens=RESPONSE_TOKENS,

@@ -11,6 +11,7 @@ from tasks.lm.model import save
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": None}
 ROLLOUTS: dict[str, Any] = {
     "episodes": 8,
+    "answers": 2,
     "batch_size": 4,
     "max_prompt_tokens": 96,
     "max_response_tokens": 8,

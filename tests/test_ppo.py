@@ -10,7 +10,11 @@ import pytest
 from alignment_stages import ROLLOUTS, UPDATE, WIDE, ppo_section, with_model
 from lm_stages import Workplace
 from lm_toys import FAMILIES
+from pydantic import ValidationError
 from test_base import assert_one_line
+
+from tasks.rlhf.course import rows_of_step
+from tasks.rlhf.settings import Rollouts
 
 KEYS = {
     "reward_before", "reward_after", "kl", "beta", "objective", "objective_before", "objective_optimum",
@@ -72,6 +76,19 @@ def test_killed_after_any_step_it_ends_with_the_same_bytes(done: Workplace, afte
     assert not (tmp_path / "models" / "ppo").exists()
     again.run("ppo")
     assert again.outputs("ppo") == done.outputs("ppo")
+
+
+def test_every_pass_over_the_data_answers_each_prompt_as_often() -> None:
+    rows = [row for step in range(5) for row in rows_of_step(step, episodes=8, answers=2, rows=10, seed=3)]
+    assert rows[::2] == rows[1::2], "answers to the same prompt stand side by side"
+    first, second = rows[:20:2], rows[20::2]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_episodes_that_are_no_multiple_of_the_answers_are_refused() -> None:
+    with pytest.raises(ValidationError, match="8 episodes are no multiple of 3 answers to a prompt"):
+        Rollouts(**{**ROLLOUTS, "answers": 3})
 
 
 LONGER: dict[str, Any] = {

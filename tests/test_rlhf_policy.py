@@ -1,6 +1,7 @@
 """One backbone in the place of four models: what a policy is before training, and what training may change."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,22 @@ def test_an_encoder_that_is_not_trained_reads_a_prompt_once_and_nothing_changes(
     assert seen[0]["value_head.weight"].abs().max() > 0
     for name, parameter in seen[0].items():
         assert torch.allclose(parameter, seen[1][name], atol=1e-4), name
+
+
+def test_a_prompt_with_many_answers_is_read_once() -> None:
+    policy = new("t5", encoder=False)
+    read: list[int] = []
+
+    def note(*seen: Any) -> None:
+        read.append(len(seen[-1].last_hidden_state))
+
+    policy.lm.model.get_encoder().register_forward_hook(note)
+    asked = [*EXAMPLES, *EXAMPLES, *EXAMPLES]
+    found = rollout(policy, asked)
+    assert sum(read) == len({example.prompt for example in EXAMPLES})
+    alone = rollout(policy, asked[:1])
+    assert found.responses.answers[0] == alone.responses.answers[0]
+    assert torch.allclose(found.ref_logprobs[0, : alone.mask.shape[1]], alone.ref_logprobs[0], atol=1e-5)
 
 
 def _count(calls: dict[str, int], name: str, *_: object) -> None:

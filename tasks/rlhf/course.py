@@ -56,13 +56,13 @@ class Course:
         context: Context,
     ) -> None:
         """Take the steps that are left, or those until the guard stops; save on request and leave."""
-        episodes = self.ppo.rollouts.episodes
+        episodes, answers = self.ppo.rollouts.episodes, self.ppo.rollouts.answers
         with context.progress(steps, f"{context.name}: steps") as bar, context.save_on_stop():
             bar.advance(self.steps_done)
             if self.steps_done == 0:
                 self.look(context)
             while self.steps_done < steps and not self.stopped_because:
-                rows = rows_of_step(self.steps_done, episodes, len(examples), context.seed)
+                rows = rows_of_step(self.steps_done, episodes, answers, len(examples), context.seed)
                 began = time.perf_counter()
                 seen = self.ppo.step(
                     self.steps_done, [examples[row] for row in rows], [prompts[row] for row in rows]
@@ -157,9 +157,12 @@ class Course:
         self.answers, self.events = record["answers"], record["events"]
 
 
-def rows_of_step(step: int, episodes: int, rows: int, seed: int) -> list[int]:
-    """The rows that a step answers: every pass over the data sees each row once, in an order of its own."""
-    draws = range(step * episodes, (step + 1) * episodes)
+def rows_of_step(step: int, episodes: int, answers: int, rows: int, seed: int) -> list[int]:
+    """The rows that a step answers, each `answers` times: every pass over the data sees each row once, in an
+    order of its own.
+    """
+    prompts = episodes // answers
+    draws = range(step * prompts, (step + 1) * prompts)
     passes = {draw // rows for draw in draws}
     orders = {each: np.random.default_rng((seed, each)).permutation(rows) for each in passes}
-    return [int(orders[draw // rows][draw % rows]) for draw in draws]
+    return [int(orders[draw // rows][draw % rows]) for draw in draws for _ in range(answers)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.data.records import Example
+from tasks.lm.model import LanguageModel
 from tasks.lm.respond import Batch, batches_by_length, collate, read_prompts, response_hidden, sample
 from tasks.rlhf.policy import Policy, reads_once
 
@@ -42,9 +43,7 @@ class Responses(NamedTuple):
     values: Tensor  # [N, T], 0 on padding; of no use where the critic has a trunk of its own
     ended: Tensor  # [N] bool, whether the response closes with the end token
     answers: list[str]
-    prompt_states: (
-        list[Tensor] | None
-    )  # N of [P, D], on the policy's device; None: the encoder is trained, or none
+    prompt_states: list[Tensor] | None  # of `read_once`, by the policy
 
 
 class Rollout(NamedTuple):
@@ -54,7 +53,7 @@ class Rollout(NamedTuple):
     responses: Responses
     ref_logprobs: Tensor  # [N, T], 0 on padding
     scores: Scores
-    critic_states: list[Tensor] | None  # as `Responses.prompt_states`, of the critic's encoder
+    critic_states: list[Tensor] | None  # of `read_once`, by the critic
 
     @property
     def mask(self) -> Tensor:
@@ -70,15 +69,12 @@ def respond_by_sampling(
     A response depends on its own prompt and uniforms alone, not on the batch it was sampled in.
     """
     rows_of, found = [], []
-    states: dict[int, Tensor] = {}
+    states = read_once(policy.lm, prompts, batch_size)
     with torch.no_grad():
         for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
             batch = collate(policy.lm, [prompts[row] for row in rows], [[] for _ in rows])
             asked = (batch.prompt_ids, batch.prompt_mask)
-            read = read_prompts(policy.lm, *asked) if reads_once(policy.lm) else None
-            drawn = sample(policy.lm, *asked, uniforms[rows], policy.temperature, read)
-            if read is not None:
-                states |= _by_row(read, prompts, rows)
+            drawn = sample(policy.lm, *asked, uniforms[rows], policy.temperature, padded(states, rows))
             values = policy.values(drawn.hidden) * drawn.response_mask
             rows_of.append(torch.tensor(rows))
             found.append((drawn.response_ids, drawn.response_mask, drawn.logprobs, values))
@@ -92,8 +88,7 @@ def respond_by_sampling(
     kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     texts = policy.lm.tokenizer.batch_decode(kept, skip_special_tokens=True)
     answers = [text.strip() for text in texts]
-    read_once = [states[row] for row in range(len(prompts))] if states else None
-    return Responses(ids, mask, logprobs, values, torch.isin(last, ends), answers, read_once)
+    return Responses(ids, mask, logprobs, values, torch.isin(last, ends), answers, states)
 
 
 def collect(
@@ -108,22 +103,34 @@ def collect(
     responses = respond_by_sampling(policy, prompts, uniforms, batch_size)
     ref_logprobs = torch.zeros_like(responses.logprobs)
     values = responses.values
-    states: dict[int, Tensor] = {}
+    states = None if policy.critic is None else read_once(policy.critic, prompts, batch_size)
     for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
         batch, width = part(policy, prompts, responses, rows)
         mask = responses.mask[rows, :width]
         ref_logprobs[rows, :width] = policy.reference_logprobs(batch).cpu() * mask
         if policy.critic is not None:
+            batch = batch._replace(prompt_states=padded(states, rows))
             with torch.no_grad():
-                batch = batch._replace(prompt_states=None)
-                if reads_once(policy.critic):
-                    read = read_prompts(policy.critic, batch.prompt_ids, batch.prompt_mask)
-                    states |= _by_row(read, prompts, rows)
-                    batch = batch._replace(prompt_states=read)
                 values[rows, :width] = policy.values(response_hidden(policy.critic, batch)).cpu() * mask
     scores = reward(examples, responses.answers)
-    critic_states = [states[row] for row in range(len(prompts))] if states else None
-    return Rollout(prompts, responses, ref_logprobs, scores, critic_states)
+    return Rollout(prompts, responses, ref_logprobs, scores, states)
+
+
+@torch.no_grad()
+def read_once(lm: LanguageModel, prompts: Sequence[Sequence[int]], batch_size: int) -> list[Tensor] | None:
+    """What an encoder that is not trained makes of each prompt, `[P, D]` on the model's device.
+
+    Equal prompts are read once. None: the encoder is trained, or there is none.
+    """
+    if not reads_once(lm):
+        return None
+    unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    states: dict[tuple[int, ...], Tensor] = {}
+    for rows in batches_by_length([len(prompt) for prompt in unique], batch_size):
+        batch = collate(lm, [unique[row] for row in rows], [[] for _ in rows])
+        read = read_prompts(lm, batch.prompt_ids, batch.prompt_mask)
+        states |= {unique[row]: read[at, : len(unique[row])] for at, row in enumerate(rows)}
+    return [states[tuple(prompt)] for prompt in prompts]
 
 
 def part(
@@ -139,11 +146,6 @@ def part(
 def padded(states: Sequence[Tensor] | None, rows: Sequence[int]) -> Tensor | None:
     """The encoder's states `[B, P, D]` of the prompts at `rows`; None of None."""
     return None if states is None else pad_sequence([states[row] for row in rows], batch_first=True)
-
-
-def _by_row(read: Tensor, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> dict[int, Tensor]:
-    """The states `[P, D]` of each prompt out of those of a batch, without its padding."""
-    return {row: read[at, : len(prompts[row])] for at, row in enumerate(rows)}
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

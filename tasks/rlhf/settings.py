@@ -24,7 +24,7 @@ class Kl(Section):
 
 
 class Rollouts(Section):
-    """`episodes` prompts are answered in each step, `batch_size` of them at once.
+    """Each step has `episodes`, `answers` to each of its prompts; `batch_size` of them are answered at once.
 
     A prompt longer than `max_prompt_tokens` loses its middle. Sampling is at `temperature` from the whole
     distribution: that, and nothing narrower, is the policy. A response that has not ended after
@@ -32,11 +32,18 @@ class Rollouts(Section):
     """
 
     episodes: PositiveInt
+    answers: PositiveInt
     batch_size: PositiveInt
     max_prompt_tokens: PositiveInt
     max_response_tokens: PositiveInt
     temperature: PositiveFloat
     unfinished_penalty: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> Self:
+        if self.episodes % self.answers:
+            raise ValueError(f"{self.episodes} episodes are no multiple of {self.answers} answers to a prompt")
+        return self
 
 
 class Value(Section):
