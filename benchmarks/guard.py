@@ -5,7 +5,7 @@ the length of the answer alone with no KL penalty, which can be cheated, and on 
 the first is told at which step the guard first spoke, and at which the gold score had fallen by more than the
 margin (`gold_drop` of params.yaml, on the mean); of the second, whether it spoke at all.
 
-    python benchmarks/guard.py [--seeds 10] [--steps 12] [--threads 1]
+    python benchmarks/guard.py [--seeds 10] [--steps 24] [--threads 1]
 
 Prints a table and writes benchmarks/results/guard.json. Needs models/finetune and models/reward.
 """
@@ -23,7 +23,7 @@ from tasks.stage.files import write_json
 
 RESULT = Path("benchmarks/results/guard.json")
 TRAIN, HELD_OUT = Path("data/examples/train.jsonl"), Path("data/examples/validation.jsonl")
-EPISODES, EVERY = 32, 2
+EPISODES, EVERY = 32, 4
 CHEATED = {
     "reward": {"longer": {"kind": "length", "free_words": 0, "weight": 1.0}},
     "kl": {"beta": 0.0, "target": None, "horizon": 10_000},
@@ -123,7 +123,7 @@ def main() -> None:
     """Run all seeds, one after the other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()

@@ -32,10 +32,14 @@ def state_after(family: str, steps: int = 1, separate: bool = False, **changes: 
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_give_the_update_of_one_batch(family: str, separate: bool) -> None:
-    """Gradients are compared: of a small difference where one is nearly 0 Adam makes a large one."""
+    """Gradients are compared: of a small difference where one is nearly 0 Adam makes a large one. In float64,
+    where the order of a sum does not show.
+    """
     gradients = []
     for size in (None, 3):
         policy = new(family, separate=separate)
+        for lm in filter(None, (policy.lm, policy.critic)):
+            lm.model.double()
         with torch.no_grad():
             policy.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
         ppo = trainer(policy, micro_batch_size=size, epochs=1, minibatches=1, max_grad_norm=1e9)
@@ -45,7 +49,7 @@ def test_micro_batches_give_the_update_of_one_batch(family: str, separate: bool)
     norm = torch.cat([gradient.flatten() for gradient in whole.values()]).norm()
     assert norm > 0.01
     for name, gradient in whole.items():
-        assert float((gradient - cut[name]).abs().max() / norm) < 1e-6, name
+        assert float((gradient - cut[name]).abs().max() / norm) < 1e-7, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
