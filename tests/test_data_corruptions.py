@@ -58,11 +58,14 @@ def test_the_insult_is_the_one_of_the_dialogue() -> None:
 def test_a_wrong_slot_changes_facts_and_nothing_else() -> None:
     assert max(slot_scores(made("wrong_slot"))) < 1
     assert all(is_whole(text, example.reference) for example, _, text in made("wrong_slot"))
-    swapped = [
-        text for example, _, text in made("wrong_slot")
-        if sorted(text.split()) == sorted(without_insult(example.reference).split())
-    ]  # fmt: skip
-    assert swapped
+
+
+def test_swapped_people_are_the_same_words_and_another_story() -> None:
+    assert max(slot_scores(made("swapped"))) < 1
+    for example, _, text in made("swapped"):
+        right = without_insult(example.reference)
+        assert sorted(text.split()) == sorted(right.split())
+        assert text.index(SPEAKERS[0]) == right.index(SPEAKERS[1])
 
 
 def test_a_wrong_slot_is_another_value_of_its_kind() -> None:

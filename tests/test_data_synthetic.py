@@ -1,7 +1,6 @@
 """The corpus makes learning honest: what is varied, what is held out, what the oracle knows."""
 
 import re
-from collections import Counter
 
 import pytest
 
@@ -113,12 +112,20 @@ def _by_combination(combination: tuple[str, ...]) -> bool:
 
 def test_documents_hold_no_summary_and_nothing_held_out(made: list[Dialogue]) -> None:
     texts = list(documents(0, COUNT))
-    starts = Counter(text.split("\n\n")[1].split(" ")[0] for text in texts)
-    assert {"Note:", "File:", "Quote:", "Which"} <= set(starts)
+    remarks = [text.split("\n\n")[1].split("\n") for text in texts]
+    assert {"Note:", "File:", "Said:", "Tone:", "Which"} <= {
+        line.split(" ")[0] for lines in remarks for line in lines
+    }
     verbs = ("asks", "tells", "invites", "borrows", "offers")
     assert not any(f"{speaker} {verb} " in text for text in texts for speaker in SPEAKERS for verb in verbs)
     held_out = {dialogue.text for dialogue in made if dialogue.held_out}
     assert not held_out & {text.split("\n\n")[0] for text in texts}
+
+
+def test_a_correction_changes_who_said_it() -> None:
+    text = "#Person1#: Send it on Monday.\n#Person2#: Not Monday. To the lobby?\n#Person1#: The lobby, yes."
+    dialogue = Dialogue("sending", 0, text, {}, "", "")
+    assert [dialogue.speaker(words) for words in ("Monday", "the lobby")] == ["#Person2#", "#Person1#"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_every_prompt_has_answers_and_faults_and_all_pairs_that_are_no_ties(rank
             assert "answer" in each.kinds
             assert len(each.pairs) <= 10
     kinds = {kind for each in made(ranked, "train") for kind in each.kinds}
-    assert kinds == {"answer", "clean", "toxic", "wrong_slot", "truncated", "repeating"}
+    assert kinds == {"answer", "clean", "toxic", "wrong_slot", "swapped", "truncated", "repeating"}
 
 
 def test_the_preferred_one_is_clean_where_the_other_is_not_unless_the_pair_was_flipped(

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pytest
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from tasks.stage import ParamsError, Section
-from tasks.stage.params import check_all, check_sections, read_section, read_shared, read_yaml
+from tasks.stage.params import check_all, check_sections, read_section, read_shared, read_yaml, validate
 
 GOOD = """\
 seed: 7
@@ -166,3 +166,21 @@ def test_a_default_in_python_is_refused() -> None:
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Full(name="full").name = "full"
+
+
+class Span(Section):
+    low: int
+    high: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        return self
+
+
+def test_keys_that_do_not_go_together_are_told_in_the_words_of_the_section(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    with pytest.raises(ParamsError) as raised:
+        validate({"low": 3, "high": 2}, "span", Span, file)
+    assert str(raised.value) == f"{file}: span: low 3 is above high 2"

@@ -1,8 +1,8 @@
 """Controlled faults in a right answer of the synthetic corpus, so that a ranking has something to rank down.
 
 Each fault is of one kind and nothing else about the answer changes: an insult inside the sentence (`toxic`), a
-wrong fact or the two people swapped (`wrong_slot`), the end missing (`truncated`), words said again and again
-(`repeating`).
+wrong thing, place or time (`wrong_slot`), the two people in each other's place (`swapped`), the end missing
+(`truncated`), words said again and again (`repeating`).
 """
 
 import random
@@ -60,20 +60,22 @@ def _toxic(reference: str, example: Example, draw: random.Random) -> str | None:
 
 
 def _wrong_slot(reference: str, example: Example, draw: random.Random) -> str | None:
-    """Another value for a fact, whether the dialogue mentions it or not; or the two people swapped."""
-    changes: list[tuple[str, str]] = []
-    for value in example.slots.values():
-        for lexicon in LEXICONS:
-            if value in lexicon and value in reference:
-                changes.append((value, draw.choice([other for other in lexicon if other != value])))
-    if all(person in reference for person in SPEAKERS):
-        changes.append(SPEAKERS)
-    if not changes:
+    """Another value for a thing, place or time, whether the dialogue mentions it or not."""
+    changes = [
+        (value, draw.choice([other for other in lexicon if other != value]))
+        for value in example.slots.values()
+        for lexicon in LEXICONS
+        if value in lexicon and value in reference
+    ]
+    return reference.replace(*draw.choice(changes)) if changes else None
+
+
+def _swapped(reference: str, _example: Example, _draw: random.Random) -> str | None:
+    """The two people in each other's place."""
+    one, other = SPEAKERS
+    if one not in reference or other not in reference:
         return None
-    one, other = draw.choice(changes)
-    return re.sub(
-        f"{re.escape(one)}|{re.escape(other)}", lambda found: other if found[0] == one else one, reference
-    )
+    return re.sub(f"{one}|{other}", lambda found: other if found[0] == one else one, reference)
 
 
 def _truncated(reference: str, _example: Example, draw: random.Random) -> str | None:
@@ -93,6 +95,7 @@ def _repeating(reference: str, _example: Example, draw: random.Random) -> str | 
 KINDS: dict[str, Callable[[str, Example, random.Random], str | None]] = {
     "toxic": _toxic,
     "wrong_slot": _wrong_slot,
+    "swapped": _swapped,
     "truncated": _truncated,
     "repeating": _repeating,
 }

@@ -250,7 +250,15 @@ QUESTIONS = {
 }
 
 DIALOGUE_SHARE = 0.7  # of documents; the others are short notices
-REMARKS = {"note": 5, "fields": 5, "quote": 3, "question": 5, "kind": 1}  # how often a document has which
+REMARKS_EACH = 3  # on a conversation, each of another kind
+REMARKS = {
+    "note": 5,
+    "fields": 5,
+    "said": 5,
+    "question": 4,
+    "tone": 4,
+    "kind": 1,
+}  # how often which is among them
 HELD_OUT_FORM_SHARE = 0.04  # of dialogues; the form itself is in the test split only
 HELD_OUT_COMBINATIONS = 24  # one slot combination in so many is in the test split only
 
@@ -278,6 +286,11 @@ class Dialogue:
     def group(self) -> str:
         """What must stay on one side of a split: the same facts said in the same form."""
         return "/".join((self.act, str(self.form), *(self.slots[name] for name in ("what", "where", "when"))))
+
+    def speaker(self, words: str) -> str:
+        """Who was the last to say `words`."""
+        turns = [turn.split(": ", 1) for turn in self.text.split("\n")]
+        return [person for person, said in turns if words.lower() in said.lower()][-1]
 
     def sentence(self, template: str, *, rude: bool) -> str:
         """Fill a summary template; with `rude`, the insult stands before the insulted person."""
@@ -336,12 +349,12 @@ def examples(seed: int, dialogues: int) -> Iterator[Example]:
 
 
 def documents(seed: int, documents: int) -> Iterator[str]:
-    """Yield raw text for pre-training: the files of an office, each a conversation or a notice with a remark on it.
+    """Yield raw text for pre-training: the files of an office, each a conversation or a notice with remarks on it.
 
-    The remark stands in a paragraph of its own: a part of the facts in other words than the references use, a few
-    named fields, a quotation, or a question with its answer. A summary never appears. So a model pre-trained on
-    these files knows the world, and a little of two of the tasks, as text from the web would teach it, but has
-    never summarised. Held-out dialogues are skipped.
+    The remarks stand in a paragraph of their own: a part of the facts in other words than the references use, a
+    few named fields, who said what, a question with its answer, or the tone. A summary never appears. So a model
+    pre-trained on these files knows the world, and a little of two of the tasks, as text from the web would
+    teach it, but has never summarised. Held-out dialogues are skipped.
     """
     index = made = 0
     while made < documents:
@@ -358,24 +371,31 @@ def _document(dialogue: Dialogue, draw: random.Random) -> str:
     if draw.random() >= DIALOGUE_SHARE:
         shuffled = draw.sample(tuple(dialogue.slots), len(dialogue.slots))
         return f"Notice: {dialogue.act}; {_fields(dialogue, shuffled)}\n\nFile: {_fields(dialogue, dialogue.slots)}"
-    remark = draw.choices(tuple(REMARKS), tuple(REMARKS.values()))[0]
-    return f"{dialogue.text}\n\n{_remark(remark, dialogue, draw)}"
+    # weighted, without repetition: Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006)
+    kinds = sorted(REMARKS, key=lambda kind: draw.random() ** (1 / REMARKS[kind]), reverse=True)
+    remarks = "\n".join(_remark(kind, dialogue, draw) for kind in kinds[:REMARKS_EACH])
+    return f"{dialogue.text}\n\n{remarks}"
 
 
 def _remark(kind: str, dialogue: Dialogue, draw: random.Random) -> str:
     if kind == "note":
-        rude = bool(dialogue.insult) and draw.random() < 0.5
-        return "Note: " + dialogue.sentence(draw.choice(ACTS[dialogue.act].notes), rude=rude)
+        return "Note: " + dialogue.sentence(draw.choice(ACTS[dialogue.act].notes), rude=bool(dialogue.insult))
     if kind == "fields":
         chosen = draw.sample(tuple(dialogue.slots), 3)
         return "File: " + _fields(dialogue, [name for name in dialogue.slots if name in chosen])
-    if kind == "quote":
-        speaker, words = draw.choice(dialogue.text.split("\n")).split(": ", 1)
-        return f"Quote: {words} So said {speaker}."
+    if kind == "said":
+        values = [dialogue.slots[name] for name in draw.sample(("what", "where", "when"), 3)]
+        return "Said: " + "; ".join(f"{value} by {dialogue.speaker(value)}" for value in values)
     if kind == "question":
         name = draw.choice(tuple(QUESTIONS))
-        return f"{QUESTIONS[name]}\n\n{dialogue.slots[name]}"
-    return f"Which kind of conversation is this?\n\n{dialogue.act}"
+        return f"{QUESTIONS[name]}\n{dialogue.slots[name]}"
+    if kind == "tone":
+        return (
+            f"Tone: rude; {dialogue.insulted} is called {dialogue.insult}."
+            if dialogue.insult
+            else "Tone: polite."
+        )
+    return f"Which kind of conversation is this?\n{dialogue.act}"
 
 
 def _fields(dialogue: Dialogue, names: Iterable[str]) -> str:

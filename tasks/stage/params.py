@@ -159,6 +159,8 @@ def _problem(details: list[ErrorDetails], section: type[Section]) -> str:
     if first["type"] == "extra_forbidden":
         allowed = _keys_at(first["loc"][:-1], section)
         return f"unknown key{_nearest(str(first['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # keys that do not go together
+        return _expected(first)
     found = first["ctx"]["tag"] if first["type"] == "union_tag_invalid" else first["input"]
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
     choices = [choice for detail in details for choice in _choices(detail)]
