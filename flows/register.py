@@ -12,6 +12,7 @@ from tasks.registry import store
 from tasks.registry.card import card
 from tasks.registry.register import Params, copy_code, pack, pack_model, requirements, size
 from tasks.registry.store import Version
+from tasks.stage import tracking
 from tasks.stage.errors import UserError, say
 from tasks.stage.fingerprint import hash_path
 from tasks.stage.params import PARAMS_FILE, check_all, read_section, read_shared, read_yaml
@@ -48,7 +49,7 @@ def register(
     }
     prompts = [json.loads(line)["prompt"] for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as scratch:
-        packed, code = Path(scratch) / store.PACKED, Path(scratch) / "code"
+        packed, code = Path(scratch) / store.PACKED, Path(scratch) / "tasks"
         packed.mkdir()
         say(f"packing {folder}")
         pack_model(folder, packed / "model", adapter or params.adapter, shared.compute)
@@ -60,12 +61,12 @@ def register(
         }
         text = card(params.name, known, evaluation, settings, params.licences)
         pack(packed, settings=settings, prompts=prompts, evaluation=evaluation, lineage=known, card=text)
-        copy_code(root, code)
-        say(f"storing it in {store.address()}")
+        copy_code(code)
+        say(f"storing it in {tracking.address()}")
         return store.add(
             params.name,
             packed,
-            code / "tasks",
+            code,
             example=[{"prompt": prompts[0], "max_new_tokens": params.limits.max_new_tokens}],
             requirements=requirements(packed / "model"),
             description=text,

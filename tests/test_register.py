@@ -86,10 +86,10 @@ def packed(model: Path, folder: Path, adapter: Any = "merged") -> Path:
 
 def registered(folder: Path, target: Path, name: str = "toy") -> store.Version:
     """The packed folder as a version."""
-    code = folder / "code"
-    copy_code(ROOT, code)
+    code = folder / "tasks"
+    copy_code(code)
     version = store.add(
-        name, target, code / "tasks",
+        name, target, code,
         example=[{"prompt": PROMPTS[0], "max_new_tokens": 4}],
         requirements=requirements(target / "model"),
         description=(target / "README.md").read_text(),
@@ -158,7 +158,16 @@ def test_the_libraries_of_a_quantised_model_are_pinned_too(tmp_path: Path) -> No
 
 def test_the_card_has_scores_terms_and_origin() -> None:
     text = card("toy", LINEAGE | {"dirty": True}, EVALUATION, SETTINGS, LICENCES)
-    for words in ("# toy: tuned", "ROUGE-L", "0.500", "lead_1", "act", "MIT", "CC BY 4.0", "`models/tuned` bb.dir"):
+    for words in (
+        "# toy: tuned",
+        "ROUGE-L",
+        "0.500",
+        "lead_1",
+        "act",
+        "MIT",
+        "CC BY 4.0",
+        "`models/tuned` bb.dir",
+    ):
         assert words in text
     assert "`0123456789abcdef` with uncommitted changes" in text
     assert "cc" not in text.split("dvc.lock")[1]
@@ -171,9 +180,7 @@ def test_the_params_of_this_repository_name_a_variant_without_worked_examples() 
 
 
 @pytest.fixture(scope="module")
-def served(
-    tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path
-) -> Any:
+def served(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Any:
     """A version in a store of its own, with the model it was made of: (version, folder, expected answers)."""
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
@@ -185,11 +192,11 @@ def served(
 
 
 def test_a_version_is_the_challenger_with_tags_card_and_signature(served: Any) -> None:
-    version, folder, _ = served
+    _, folder, _ = served
     found = store.find("toy", "challenger")
     assert (found.number, found.tags["variant"], found.aliases) == ("1", "tuned", ("challenger",))
     assert store.read(found, "README.md").startswith("# toy: tuned")
-    with pytest.raises(UserError, match="no version champion .* it has 1"):
+    with pytest.raises(UserError, match=r"no version champion .* it has 1"):
         store.find("toy", "champion")
     assert store.look("nothing", "1") is None
     stored = yaml.safe_load((store.download(found, folder / "stored") / "MLmodel").read_text())
@@ -210,28 +217,35 @@ def test_a_loaded_version_answers_as_the_model_does(served: Any) -> None:
     assert model.predict([{"prompt": prompt} for prompt in PROMPTS]) == answers(lm)
     longer = model.predict([{"prompt": PROMPTS[0], "max_new_tokens": 12}, {"prompt": PROMPTS[1]}])
     assert longer == [*answers(lm, PROMPTS[:1], max_new_tokens=12), answers(lm, PROMPTS[1:2])[0]]
-    sampled = [{"prompt": PROMPTS[0], "do_sample": True, "temperature": 2.0, "seed": seed} for seed in (1, 1, 2)]
+    sampled = [
+        {"prompt": PROMPTS[0], "do_sample": True, "temperature": 2.0, "seed": seed} for seed in (1, 1, 2)
+    ]
     first, second, third = model.predict(sampled)
-    assert first == second == answers(lm, [PROMPTS[0]] * 2, do_sample=True, temperature=2.0)[0] or first != third
+    assert (
+        first == second == answers(lm, [PROMPTS[0]] * 2, do_sample=True, temperature=2.0)[0] or first != third
+    )
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ('{"inputs": [{"prompt": "x", "temprature": 1.0}]}', "temprature: no such setting; did you mean temperature?"),
-        ('{"inputs": [{"max_new_tokens": 3}]}', "prompt: missing"),
-        ('{"inputs": [{"prompt": "x", "max_new_tokens": "many"}]}', "max_new_tokens: Input should be a valid integer"),
-        ('{"inputs": [{"prompt": "x", "max_new_tokens": 13}]}', "max_new_tokens is 13; at most 12 is allowed"),
-        ('{"inputs": [{"prompt": "x", "top_p": 2.0}]}', "top_p: Input should be less than or equal to 1"),
-        ('{"inputs": [{"prompt": "x", "do_sample": false, "temperature": 0.5}]}', "temperature"),
-        ('{"inputs": [{"prompt": ""}]}', "prompt: String should have at least 1 character"),
-        ('{"inputs": ["x"]}', "Expecting example to be a dictionary"),
-        ('{"prompt": "x"}', "inputs"),
-        ('{"inputs": [', "JSON"),
-        (json.dumps({"inputs": [{"prompt": "x" * 201}]}), "prompt 0 has 201 characters; 200 are allowed"),
-        (json.dumps({"inputs": [{"prompt": "x"}] * 5}), "5 prompts in one request; at most 4 are allowed"),
-    ],
-)  # fmt: skip
+BAD = [
+    ({"prompt": "x", "temprature": 1.0}, "temprature: no such setting; did you mean temperature?"),
+    ({"max_new_tokens": 3}, "prompt: missing"),
+    ({"prompt": "x", "max_new_tokens": "many"}, "max_new_tokens: Input should be a valid integer"),
+    ({"prompt": "x", "max_new_tokens": 13}, "max_new_tokens is 13; at most 12 is allowed"),
+    ({"prompt": "x", "top_p": 2.0}, "top_p: Input should be less than or equal to 1"),
+    ({"prompt": "x", "do_sample": False, "temperature": 0.5}, "temperature"),
+    ({"prompt": ""}, "prompt: String should have at least 1 character"),
+    ({"prompt": "x" * 201}, "prompt 0 has 201 characters; 200 are allowed"),
+    ("x", "Expecting example to be a dictionary"),
+]
+BODIES = [(json.dumps({"inputs": [request]}), reason) for request, reason in BAD] + [
+    (json.dumps({"inputs": [{"prompt": "x"}] * 5}), "5 prompts in one request; at most 4 are allowed"),
+    (json.dumps({"prompt": "x"}), "Expected list"),
+    (json.dumps({"rows": [{"prompt": "x"}]}), "'inputs'"),
+    ('{"inputs": [', "JSON"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason"), BODIES)
 def test_a_bad_request_gets_a_4xx_with_the_reason(client: Any, body: str, reason: str) -> None:
     answer = client.post("/invocations", content=body, headers={"Content-Type": "application/json"})
     assert 400 <= answer.status_code < 500

@@ -19,7 +19,8 @@ from pydantic import Field, PositiveInt
 from tasks.stage import Compute, Section, UserError
 from tasks.stage.files import write_json, write_text
 
-CODE = ("tasks/lm", "tasks/stage")  # what a served model runs; a copy travels with it
+TASKS = Path(__file__).parents[1]
+CODE = ("lm", "stage")  # the packages of it that a served model runs; a copy travels with it
 BASE = "base"  # the folder, in that of an adapter, of the model it belongs to
 LIBRARIES = (
     "accelerate",
@@ -107,12 +108,12 @@ def pack(
     write_text(target / "README.md", card)
 
 
-def copy_code(root: Path, target: Path) -> None:
-    """Copy the code that a served model runs from the repository at `root` to `target`/tasks."""
-    (target / "tasks").mkdir(parents=True)
-    shutil.copy(root / "tasks" / "__init__.py", target / "tasks")
-    for folder in CODE:
-        shutil.copytree(root / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+def copy_code(target: Path) -> None:
+    """Copy the code that a served model runs to `target`, a folder named tasks."""
+    target.mkdir(parents=True)
+    (target / "__init__.py").touch()
+    for name in CODE:
+        shutil.copytree(TASKS / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def size(folder: Path) -> int:

@@ -3,12 +3,13 @@
 Which server is asked, and as whom, comes from MLflow's own environment variables alone.
 """
 
+import io
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def add(
 
     The version becomes the challenger. The run that MLflow wants for it holds `metrics` and `tags`.
     """
-    with _asked() as mlflow:
+    with _asked() as mlflow, redirect_stderr(io.StringIO()):  # it tells of each step
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT))
         with mlflow.start_run(run_name="register", tags=dict(tags)):
             mlflow.log_metrics(dict(metrics))
@@ -144,6 +145,7 @@ def _asked() -> Iterator[Any]:
     """MLflow, at the address of the environment, silent. Raises TryAgain when it does not answer."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     import mlflow
     from mlflow.exceptions import MlflowException
 
