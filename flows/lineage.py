@@ -12,7 +12,7 @@ from threading import Event
 from typing import Any
 
 from flows import pipeline, workspace
-from flows.pipeline import Stage
+from flows.pipeline import Stage, StageError
 from tasks.registry import store
 from tasks.registry.register import Params
 from tasks.registry.store import Version
@@ -21,6 +21,7 @@ from tasks.stage.params import PARAMS_FILE, read_section, read_yaml
 from tasks.stage.recorder import flat
 
 REQUIREMENTS = "requirements.lock"
+CODE = ".py"  # the commit has it
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,16 @@ def look(wanted: str) -> tuple[Version, dict[str, Any]]:
 
 
 def record(root: Path, stages: Mapping[str, Stage], git: Mapping[str, str]) -> dict[str, Any]:
-    """The commit, and what dvc.lock says of `stages`: their commands and params, and the hashes of their inputs
-    and outputs."""
+    """The commit, and what dvc.lock says of `stages`: their commands and params, and the hashes of their outputs
+    and of the data that comes from elsewhere."""
     entries = {name: entry for name, entry in pipeline.recorded(root).items() if name in stages}
-    outputs = {out["path"]: out["md5"] for entry in entries.values() for out in entry.get("outs", [])}
+    recorded = pipeline.recorded_outputs(root)
+    outputs = {path: digest for name in entries for path, digest in recorded[name]}
     inputs = {
         dependency["path"]: dependency["md5"]
         for entry in entries.values()
         for dependency in entry.get("deps", [])
-        if dependency["path"] not in outputs
+        if "md5" in dependency and not (dependency["path"] in outputs or dependency["path"].endswith(CODE))
     }
     return {
         "commit": git["git.commit"],
@@ -112,7 +114,7 @@ def reproduce(root: Path, version: str, lineage: Mapping[str, Any], keep: bool) 
     """Check out the commit of a version in a clean folder, run its stages there, and compare the hashes of all
     outputs; DVC's cache of this workspace is not used.
 
-    Raises UserError for a version with uncommitted changes, and StageError when a stage fails.
+    Raises UserError for a version with uncommitted changes, and when a stage fails.
     """
     if lineage["dirty"]:
         raise UserError(
@@ -125,15 +127,7 @@ def reproduce(root: Path, version: str, lineage: Mapping[str, Any], keep: bool) 
         graph = pipeline.read_graph(folder)
         for name in (name for name in graph if name in lineage["commands"]):
             say(f"{name}: {graph[name].command}")
-            pipeline.run_stage(
-                folder,
-                name,
-                force=False,
-                environment=environment,
-                seconds=graph[name].meta.timeout,
-                stop=Event(),
-                tell=say,
-            )
+            _make(folder, graph[name], environment)
         found = {path: digest for outs in pipeline.recorded_outputs(folder).values() for path, digest in outs}
     return [
         Compared(path, expected, found.get(path, "missing")) for path, expected in lineage["outputs"].items()
@@ -145,6 +139,21 @@ def show_compared(compared: list[Compared]) -> None:
     for entry in compared:
         how = f"same       {entry.expected}" if entry.same else f"different  {entry.expected} → {entry.found}"
         sys.stdout.write(f"{how}  {entry.path}\n")
+
+
+def _make(folder: Path, stage: Stage, environment: Mapping[str, str]) -> None:
+    try:
+        pipeline.run_stage(
+            folder,
+            stage.name,
+            force=False,
+            environment=environment,
+            seconds=stage.meta.timeout,
+            stop=Event(),
+            tell=say,
+        )
+    except StageError as error:
+        raise UserError(f"{error}; all of its output, with --keep: {error.log}") from None
 
 
 @contextmanager

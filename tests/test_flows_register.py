@@ -119,6 +119,7 @@ def test_a_variant_is_registered_traced_and_promoted(made: Toy, store: str) -> N
     assert (known["variant"], known["stage"], known["dirty"]) == ("tuned", "tune", False)
     assert known["commit"] == git(made.root, "rev-parse", "HEAD")
     assert known["outputs"]["models/tuned"] == made.lock()["stages"]["tune"]["outs"][0]["md5"]
+    assert set(known["inputs"]) == {"inputs/model", "inputs/evaluate.json", "inputs/samples.jsonl"}
     assert known["rebuild"][-1] == ".venv/bin/lifecycle run --stage tune --stage evaluate"
 
     done = made.lifecycle("promote", MLFLOW_TRACKING_URI=store)
