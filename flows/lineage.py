@@ -48,8 +48,8 @@ def look(wanted: str) -> tuple[Version, dict[str, Any]]:
 
 
 def record(root: Path, stages: Mapping[str, Stage], git: Mapping[str, str]) -> dict[str, Any]:
-    """The commit, and what dvc.lock says of `stages`: their commands and params, and the hashes of their outputs
-    and of the data that comes from elsewhere."""
+    """The commit, and what dvc.lock says of `stages`: commands, params, and the hashes of their outputs and of
+    the data that comes from elsewhere."""
     entries = {name: entry for name, entry in pipeline.recorded(root).items() if name in stages}
     recorded = pipeline.recorded_outputs(root)
     outputs = {path: digest for name in entries for path, digest in recorded[name]}
