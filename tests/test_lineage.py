@@ -12,6 +12,7 @@ from toy import Toy, build
 from flows import lineage, pipeline, verify
 from tasks.stage import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
 GRAPH = {"a": [], "b": ["a"], "aside": []}
 
 

@@ -33,6 +33,9 @@ SECTION: dict[str, Any] = {
 }
 PARAMS = Params.model_validate(SECTION)
 
+# MLflow's own tables, when they are first read
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
 
 def scores(rouge: float, toxicity: float = 0.0, width: float = 0.05) -> dict[str, float]:
     return {
