@@ -1,4 +1,7 @@
-"""The command `lifecycle`: run, look, verify, upload, ui. `lifecycle COMMAND --help` has examples.
+"""The command `lifecycle`: run, look, verify, upload, ui, register, promote,
+lineage, reproduce, serve.
+
+`lifecycle COMMAND --help` has examples.
 
 Exit codes: 0 done · 2 wrong use, params or data · 3 a check said no · 75 try again later · 130 interrupted.
 """
@@ -10,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -27,6 +30,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 wrong use, params or data; 3 a check said no; 75 try later; 130 interrupted.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for scripts.")]
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="A number or an alias.")]
 
 
 @app.command(
@@ -122,6 +126,99 @@ def ui(
         from flows.ui import serve
 
         serve(root, mlflow_port, prefect_port)
+
+
+@app.command(
+    epilog="Examples:  lifecycle register   |   lifecycle register finetune --adapter separate",
+)
+def register(
+    variant: Annotated[
+        str | None, typer.Argument(metavar="[VARIANT]", help="Of the evaluation; else register.variant.")
+    ] = None,
+    adapter: Annotated[
+        Literal["merged", "separate"] | None,
+        typer.Option("--adapter", help="Merge an adapter, or keep it beside its base; else register.adapter."),
+    ] = None,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Also with uncommitted changes; the version says so.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put an evaluated variant into the model registry, as the challenger."""
+    with _workspace() as root:
+        from flows import workspace
+        from flows.register import register as add
+
+        with workspace.locked(root):
+            version = add(root, variant, adapter, allow_dirty)
+        if as_json:
+            _write_json({"name": version.name, "version": version.number, "aliases": list(version.aliases)})
+        else:
+            sys.stdout.write(f"{version.name} version {version.number} is the challenger\n")
+
+
+@app.command(epilog="Examples:  lifecycle promote   |   lifecycle promote 7 --json")
+def promote(version: Version = "challenger", as_json: AsJson = False) -> None:
+    """Make a version the champion if it passes every gate; else change nothing and exit with 3."""
+    with _workspace() as root:
+        from flows import promote as gate
+        from flows import workspace
+
+        with workspace.locked(root):  # a stage that runs meanwhile would spoil the timing
+            ours, champion, found = gate.judge(version)
+            if as_json:
+                verdicts = [verdict.as_json() for verdict in found]
+                _write_json({"version": ours.number, "over": champion and champion.number, "gates": verdicts})
+            else:
+                gate.show(ours, champion, found)
+            gate.promote(ours, champion, found)
+
+
+@app.command(epilog="Example:  lifecycle lineage champion")
+def lineage(version: Version, as_json: AsJson = False) -> None:
+    """Say what a registered version was made from, and the commands that make it again."""
+    with _workspace():
+        from flows import lineage as origin
+
+        found, known = origin.look(version)
+        if as_json:
+            _write_json({**known, "version": found.number, "rebuild": origin.commands(found.number, known)})
+        else:
+            origin.show(found.number, found.aliases, known)
+
+
+@app.command(epilog="Example:  lifecycle reproduce champion || echo 'not the same bytes'")
+def reproduce(
+    version: Version,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the folder in which it was made again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a registered version again from its commit, in a clean folder, and compare every hash."""
+    with _workspace() as root:
+        from flows import lineage as origin
+
+        found, known = origin.look(version)
+        compared = origin.reproduce(root, found.number, known, keep)
+        if as_json:
+            _write_json({"version": found.number, "outputs": [entry.as_json() for entry in compared]})
+        else:
+            origin.show_compared(compared)
+    raise typer.Exit(0 if all(entry.same for entry in compared) else 3)
+
+
+@app.command(
+    epilog="Example:  lifecycle serve champion --port 5002   |   curl -H 'Content-Type: application/json' "
+    '-d \'{"inputs": [{"prompt": "...", "max_new_tokens": 40}]}\' 127.0.0.1:5002/invocations'
+)
+def serve(
+    version: Version = "champion",
+    port: Annotated[int, typer.Option(help="Port of the service.")] = 5002,
+) -> None:
+    """Serve a registered version on this machine alone, until Ctrl-C."""
+    with _workspace() as root:
+        from flows.serve import serve as answer
+
+        answer(root, version, port)
 
 
 def main() -> None:

@@ -186,11 +186,16 @@ def progress_record(root: Path, name: str) -> dict[str, Any]:
     return _read_json(root / ".work" / name / "progress.json")
 
 
+def recorded(root: Path) -> dict[str, dict[str, Any]]:
+    """The entry of each stage in dvc.lock: cmd, deps, params, outs."""
+    return _read(root, _recorded)
+
+
 def recorded_outputs(root: Path) -> dict[str, list[tuple[str, str]]]:
     """(path, hash) of each output of each stage, as in dvc.lock."""
     return {
         name: [(output["path"], output["md5"]) for output in entry.get("outs", []) if "md5" in output]
-        for name, entry in _read(root, _recorded).items()
+        for name, entry in recorded(root).items()
     }
 
 

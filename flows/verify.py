@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,32 @@ def damaged(root: Path) -> list[Fault]:
     for output in outputs:
         faults += _output_faults(root, output, cache, bad_names)
     return faults
+
+
+def changed(root: Path, stages: Collection[str]) -> list[str]:
+    """The outputs of `stages` whose bytes are not those in dvc.lock; DVC's cache is not asked."""
+    return [
+        path
+        for stage, found in pipeline.recorded_outputs(root).items()
+        if stage in stages
+        for path, digest in found
+        if digest_of(root / path) != digest
+    ]
+
+
+def digest_of(path: Path) -> str | None:
+    """The hash that dvc.lock has of a file or a folder, computed from its bytes; None if there is nothing.
+
+    That of a folder is the MD5 of the JSON list of its files, in the order of their names.
+    """
+    if path.is_file():
+        return _hash(path)
+    if not path.is_dir():
+        return None
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    listed = [{"md5": _hash(path / file), "relpath": file.as_posix()} for file in files]
+    text = json.dumps(sorted(listed, key=lambda entry: entry["relpath"]), sort_keys=True)
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + DIRECTORY
 
 
 def show(faults: list[Fault]) -> None:

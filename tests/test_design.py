@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from tasks.stage.params import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 EQUATIONS = {"masked", "rewards", "advantages", "losses", "optimum", "guard"}  # of tasks/rlhf
 SHARED_PARAMS = ["seed", "compute"]
@@ -119,7 +121,14 @@ def run_names(module: Path) -> list[str]:
 def test_every_module_of_tasks_is_a_stage_and_every_section_of_the_params_too() -> None:
     found = set(stages())
     assert {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__"} == found
-    assert set(yaml.safe_load((ROOT / "params.yaml").read_text())) == {*SHARED_PARAMS, *found}
+    sections = set(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    assert sections == {*SHARED_PARAMS, *found, *COMMANDS}
+
+
+def test_a_command_with_a_section_has_one_name_in_all_places() -> None:
+    for command in COMMANDS:
+        for path in (f"flows/{command}.py", f"tasks/registry/{command}.py", f"tests/test_{command}.py"):
+            assert (ROOT / path).is_file()
 
 
 def test_a_stage_depends_on_exactly_the_code_it_imports() -> None:
@@ -141,15 +150,20 @@ def test_imports_run_one_way() -> None:
         in_flows = path.parts[0] == "flows"
         if "prefect" in tops and not in_flows:
             wrong.append(f"{path} imports prefect")
-        if "mlflow" in tops and path != Path("tasks/stage/tracking.py"):
+        in_registry = path.parts[:2] == ("tasks", "registry")
+        if "mlflow" in tops and path != Path("tasks/stage/tracking.py") and not in_registry:
             wrong.append(f"{path} imports mlflow")
+        if not in_flows and not in_registry and any(name.startswith("tasks.registry") for name in names):
+            wrong.append(f"{path} imports the registry")
         if "flows" in tops and not in_flows:
             wrong.append(f"{path} imports flows")
         if stage := names & stage_names:
             wrong.append(f"{path} imports a stage: {stage}")
         if in_flows:
             others = {
-                name for name in names if name.startswith("tasks.") and not name.startswith("tasks.stage")
+                name
+                for name in names
+                if name.startswith("tasks.") and not name.startswith(("tasks.stage", "tasks.registry"))
             }
             wrong += [f"{path} imports {name}" for name in others]
         if path.parts[:2] == ("tasks", "rlhf") and path.stem in EQUATIONS:

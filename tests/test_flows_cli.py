@@ -31,7 +31,12 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["verify"], ["upload"], ["ui"]])
+COMMANDS = [[], *([name] for name in (
+    "run", "status", "verify", "upload", "ui", "register", "promote", "lineage", "reproduce", "serve",
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_and_comes_at_once(command: list[str], toy: Toy) -> None:
     """Less than half a second of computing, wherever it is asked for."""
     started = _children_seconds()

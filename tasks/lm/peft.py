@@ -148,6 +148,7 @@ def open_adapter(base: "PreTrainedModel", folder: Path, trainable: bool) -> "Pef
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
+    config.base_model_name_or_path = base.name_or_path  # the base may lie elsewhere than at training
     model = _wrap(base, config)
     model.load_adapter(str(folder), "default", is_trainable=trainable)
     return model if trainable else model.eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from tasks.stage.secrets import redact
 
 PARAMS_FILE = Path("params.yaml")
 GRAPH_FILE = Path("dvc.yaml")
+COMMANDS = ("register", "promote")  # these have sections too; the class of each is in tasks.registry.COMMAND
 
 
 class Section(BaseModel):
@@ -89,8 +90,8 @@ def read_shared(data: Mapping[str, Any], file: Path = PARAMS_FILE) -> Shared:
 
 
 def check_sections(data: Mapping[str, Any], stages: Iterable[str], file: Path = PARAMS_FILE) -> None:
-    """Raise ParamsError for a top-level key that no stage reads."""
-    allowed = [*Shared.model_fields, *stages]
+    """Raise ParamsError for a top-level key that no stage and no command reads."""
+    allowed = [*Shared.model_fields, *stages, *COMMANDS]
     for key in data:
         if key not in allowed:
             raise ParamsError(
@@ -104,10 +105,11 @@ def stages_of(graph: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_all(params_file: Path = PARAMS_FILE, graph_file: Path = GRAPH_FILE) -> None:
-    """Check the whole file: `seed`, `compute`, the section of every stage in dvc.yaml, and nothing else in it.
+    """Check the whole file: `seed`, `compute`, the section of every stage in dvc.yaml, those of commands where
+    they are there, and nothing else.
 
-    Each stage's class is `Params` in `tasks.STAGE`. Raises ParamsError: one line for
-    each faulty section.
+    Each stage's class is `Params` in `tasks.STAGE`, each command's in `tasks.registry.COMMAND`. Raises
+    ParamsError: one line for each faulty section.
     """
     data = read_yaml(params_file)
     stages = stages_of(read_yaml(graph_file))
@@ -115,7 +117,12 @@ def check_all(params_file: Path = PARAMS_FILE, graph_file: Path = GRAPH_FILE) ->
     for check in (
         lambda: check_sections(data, stages, params_file),
         lambda: read_shared(data, params_file),
-        *(_section_check(data, stage, params_file) for stage in stages),
+        *(_section_check(data, stage, f"tasks.{stage}", params_file) for stage in stages),
+        *(
+            _section_check(data, command, f"tasks.registry.{command}", params_file)
+            for command in COMMANDS
+            if command in data
+        ),
     ):
         try:
             check()
@@ -125,8 +132,8 @@ def check_all(params_file: Path = PARAMS_FILE, graph_file: Path = GRAPH_FILE) ->
         raise ParamsError("\n".join(faults))
 
 
-def _section_check(data: Mapping[str, Any], stage: str, file: Path) -> Any:
-    return lambda: read_section(data, stage, importlib.import_module(f"tasks.{stage}").Params, file)
+def _section_check(data: Mapping[str, Any], name: str, module: str, file: Path) -> Any:
+    return lambda: read_section(data, name, importlib.import_module(module).Params, file)
 
 
 def validate(value: Any, name: str, section: type[AnySection], file: Path = PARAMS_FILE) -> AnySection:
