@@ -9,9 +9,12 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -36,7 +39,8 @@ def build(architecture: Architecture, texts: Iterable[str], sentinels: int) -> L
     A T5 vocabulary holds `sentinels` tokens `<extra_id_0>` … for span corruption.
     """
     tokenizer = train_tokenizer(architecture, texts, sentinels)
-    model = _t5(architecture, tokenizer) if architecture.family == "t5" else _llama(architecture, tokenizer)
+    config = _t5(architecture, tokenizer) if architecture.family == "t5" else _llama(architecture, tokenizer)
+    model = with_random_weights(config)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     starts: dict[str, Any] = (
         {"decoder_start_token_id": tokenizer.pad_token_id}
@@ -103,25 +107,40 @@ def _without(tokens: Sequence[str], texts: Iterable[str]) -> Iterable[str]:
     return (part for text in texts for part in pattern.split(text))
 
 
-def _t5(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """T5 1.1 (gated GELU), but with the tied and scaled embeddings of the first T5."""
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=architecture.d_model,
-            d_kv=architecture.d_model // architecture.heads,
-            d_ff=architecture.d_ff,
-            num_layers=architecture.layers,
-            num_heads=architecture.heads,
-            dropout_rate=architecture.dropout,
-            feed_forward_proj="gated-silu",
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
-        )
-    )
-    _favour_near(model.encoder.block[0].layer[0].SelfAttention)
+def with_random_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """A language model of any size with random weights (from torch's generator), on the CPU.
+
+    T5 and Llama begin as those of `build` do, others as transformers begins them.
+    """
+    match config.model_type:
+        case "t5":
+            model = T5ForConditionalGeneration(config)
+            _favour_near(model.encoder.block[0].layer[0].SelfAttention)
+        case "llama":
+            model = LlamaForCausalLM(config)
+            if config.attention_bias:
+                _look_back_near(model.model.layers[0].self_attn)
+        case _:
+            family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = family.from_config(config)
     return model
+
+
+def _t5(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> T5Config:
+    """T5 1.1 (gated SiLU), but with the tied and scaled embeddings of the first T5."""
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=architecture.d_model,
+        d_kv=architecture.d_model // architecture.heads,
+        d_ff=architecture.d_ff,
+        num_layers=architecture.layers,
+        num_heads=architecture.heads,
+        dropout_rate=architecture.dropout,
+        feed_forward_proj="gated-silu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _favour_near(attention: T5Attention) -> None:
@@ -144,33 +163,29 @@ def _favour_near(attention: T5Attention) -> None:
                 weight[bucket, head] = max(-SLOPES[head % len(SLOPES)] * abs(distance) - ahead, -FARTHEST)
 
 
-def _llama(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def _llama(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """Llama with tied embeddings, and weights of variance 1 / width, larger than those of large models.
 
     In a narrow model the usual 0.02 leaves attention next to uniform for hundreds of steps.
     """
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=architecture.d_model,
-            intermediate_size=architecture.d_ff,
-            num_hidden_layers=architecture.layers,
-            num_attention_heads=architecture.heads,
-            attention_dropout=architecture.dropout,
-            attention_bias=True,
-            max_position_embeddings=architecture.positions,
-            initializer_range=architecture.d_model**-0.5,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.d_model,
+        intermediate_size=architecture.d_ff,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        attention_dropout=architecture.dropout,
+        attention_bias=True,
+        max_position_embeddings=architecture.positions,
+        initializer_range=architecture.d_model**-0.5,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
     )
-    _look_back_near(model.model.layers[0].self_attn, architecture.heads)
-    return model
 
 
-def _look_back_near(attention: LlamaAttention, heads: int) -> None:
+def _look_back_near(attention: LlamaAttention) -> None:
     """Start a layer's queries and keys with a part that is the same for all tokens.
 
     Rotated by position (RoPE, Su et al., 2104.09864 §3.4.3) it gives a logit that falls with distance, much as
@@ -181,6 +196,6 @@ def _look_back_near(attention: LlamaAttention, heads: int) -> None:
     rotations = math.ceil(size * 3 / 8)  # of size / 2, the fastest first
     with torch.no_grad():
         for projection in (attention.q_proj, attention.k_proj):
-            for head, bias in enumerate(projection.bias.view(heads, size)):
+            for head, bias in enumerate(projection.bias.view(-1, size)):
                 logit = NEAREST[head % len(NEAREST)]
                 bias[:rotations] = (logit * size**0.5 / rotations) ** 0.5
