@@ -250,15 +250,8 @@ QUESTIONS = {
 }
 
 DIALOGUE_SHARE = 0.7  # of documents; the others are short notices
-REMARKS_EACH = 3  # on a conversation, each of another kind
-REMARKS = {
-    "note": 5,
-    "fields": 5,
-    "said": 5,
-    "question": 4,
-    "tone": 4,
-    "kind": 1,
-}  # how often which is among them
+QUESTION_SHARE = 0.3  # of conversations; the others have remarks, so many of them
+REMARKS = 3
 HELD_OUT_FORM_SHARE = 0.04  # of dialogues; the form itself is in the test split only
 HELD_OUT_COMBINATIONS = 24  # one slot combination in so many is in the test split only
 
@@ -349,10 +342,10 @@ def examples(seed: int, dialogues: int) -> Iterator[Example]:
 
 
 def documents(seed: int, documents: int) -> Iterator[str]:
-    """Yield raw text for pre-training: the files of an office, each a conversation or a notice with remarks on it.
+    """Yield raw text for pre-training: the files of an office, each a conversation or a notice.
 
-    The remarks stand in a paragraph of their own: a part of the facts in other words than the references use, a
-    few named fields, who said what, a question with its answer, or the tone. A summary never appears. So a model
+    A conversation is followed by a question and its answer, or by remarks: a part of the facts in other words
+    than the references use, a few named fields, who said what, the tone. A summary never appears. So a model
     pre-trained on these files knows the world, and a little of two of the tasks, as text from the web would
     teach it, but has never summarised. Held-out dialogues are skipped.
     """
@@ -371,31 +364,37 @@ def _document(dialogue: Dialogue, draw: random.Random) -> str:
     if draw.random() >= DIALOGUE_SHARE:
         shuffled = draw.sample(tuple(dialogue.slots), len(dialogue.slots))
         return f"Notice: {dialogue.act}; {_fields(dialogue, shuffled)}\n\nFile: {_fields(dialogue, dialogue.slots)}"
-    # weighted, without repetition: Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006)
-    kinds = sorted(REMARKS, key=lambda kind: draw.random() ** (1 / REMARKS[kind]), reverse=True)
-    remarks = "\n".join(_remark(kind, dialogue, draw) for kind in kinds[:REMARKS_EACH])
-    return f"{dialogue.text}\n\n{remarks}"
+    if draw.random() < QUESTION_SHARE:
+        return f"{dialogue.text}\n\n{_question(dialogue, draw)}"
+    remarks = draw.sample((_note, _some_fields, _said, _tone), REMARKS)
+    return f"{dialogue.text}\n\n" + "\n".join(remark(dialogue, draw) for remark in remarks)
 
 
-def _remark(kind: str, dialogue: Dialogue, draw: random.Random) -> str:
-    if kind == "note":
-        return "Note: " + dialogue.sentence(draw.choice(ACTS[dialogue.act].notes), rude=bool(dialogue.insult))
-    if kind == "fields":
-        chosen = draw.sample(tuple(dialogue.slots), 3)
-        return "File: " + _fields(dialogue, [name for name in dialogue.slots if name in chosen])
-    if kind == "said":
-        values = [dialogue.slots[name] for name in draw.sample(("what", "where", "when"), 3)]
-        return "Said: " + "; ".join(f"{value} by {dialogue.speaker(value)}" for value in values)
-    if kind == "question":
-        name = draw.choice(tuple(QUESTIONS))
-        return f"{QUESTIONS[name]}\n{dialogue.slots[name]}"
-    if kind == "tone":
-        return (
-            f"Tone: rude; {dialogue.insulted} is called {dialogue.insult}."
-            if dialogue.insult
-            else "Tone: polite."
-        )
-    return f"Which kind of conversation is this?\n{dialogue.act}"
+def _question(dialogue: Dialogue, draw: random.Random) -> str:
+    name = draw.choice((*QUESTIONS, "act"))
+    if name == "act":
+        return f"Which kind of conversation is this?\n\n{dialogue.act}"
+    return f"{QUESTIONS[name]}\n\n{dialogue.slots[name]}"
+
+
+def _note(dialogue: Dialogue, draw: random.Random) -> str:
+    return "Note: " + dialogue.sentence(draw.choice(ACTS[dialogue.act].notes), rude=bool(dialogue.insult))
+
+
+def _some_fields(dialogue: Dialogue, draw: random.Random) -> str:
+    chosen = draw.sample(tuple(dialogue.slots), 3)
+    return "File: " + _fields(dialogue, [name for name in dialogue.slots if name in chosen])
+
+
+def _said(dialogue: Dialogue, draw: random.Random) -> str:
+    values = [dialogue.slots[name] for name in draw.sample(("what", "where", "when"), 3)]
+    return "Said: " + "; ".join(f"{value} by {dialogue.speaker(value)}" for value in values)
+
+
+def _tone(dialogue: Dialogue, _draw: random.Random) -> str:
+    return (
+        f"Tone: rude; {dialogue.insulted} is called {dialogue.insult}." if dialogue.insult else "Tone: polite."
+    )
 
 
 def _fields(dialogue: Dialogue, names: Iterable[str]) -> str:
