@@ -249,8 +249,8 @@ QUESTIONS = {
     "who": "Who wants something?",
 }
 
-DIALOGUE_SHARE = 0.7  # of documents; the others are short notices
-QUESTION_SHARE = 0.3  # of conversations; the others have remarks, so many of them
+DIALOGUE_SHARE = 0.8  # of documents; the others are short notices
+QUESTION_SHARE = 0.15  # of conversations; the others have remarks, so many of them
 REMARKS = 3
 HELD_OUT_FORM_SHARE = 0.04  # of dialogues; the form itself is in the test split only
 HELD_OUT_COMBINATIONS = 24  # one slot combination in so many is in the test split only
