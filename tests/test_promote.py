@@ -185,7 +185,7 @@ def state() -> dict[str, Any]:
     client = mlflow.MlflowClient()
     found = client.search_model_versions("name = 'toy'")
     return {
-        "aliases": dict(client.get_registered_model("toy").aliases),
+        "aliases": {name: str(number) for name, number in client.get_registered_model("toy").aliases.items()},
         "tags": {str(each.version): dict(each.tags) for each in found},
     }
 
