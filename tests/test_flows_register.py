@@ -123,7 +123,7 @@ def test_a_variant_is_registered_traced_and_promoted(made: Toy, store: str) -> N
     assert known["rebuild"][-1] == ".venv/bin/lifecycle run --stage tune --stage evaluate"
 
     done = made.lifecycle("promote", MLFLOW_TRACKING_URI=store)
-    assert done.stdout.startswith("version 1; no champion yet\npassed  rougeL: 0.9 (0.88 to 0.92)")
+    assert done.stdout.startswith("version 1; there is no champion yet\npassed  rougeL: 0.9 (0.88 to 0.92)")
     assert "passed  seconds an answer: " in done.stdout
     done = made.lifecycle("promote", "champion", code=2, MLFLOW_TRACKING_URI=store)
     assert done.stderr == "version 1 is the champion already\n"

@@ -62,7 +62,8 @@ def test_saved_and_opened_it_answers_the_same(
     torch.testing.assert_close(response_logprobs(opened, batch), response_logprobs(lm, batch))
     answers = respond(lm, PROMPTS, GREEDY, batch_size=6, seed=0)
     assert respond(opened, PROMPTS, GREEDY, batch_size=6, seed=0) == answers
-    assert answers != respond(load(bases[family], COMPUTE), PROMPTS, GREEDY, batch_size=6, seed=0)
+    untuned = response_logprobs(load(bases[family], COMPUTE), batch)
+    assert not torch.allclose(response_logprobs(lm, batch), untuned, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "ia3"])
