@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_stages import Workplace, finetune_section, lay_out
+from lm_stages import SCHEDULE_HERE, Workplace, finetune_section, lay_out
 from lm_toys import COMPUTE, FAMILIES, METHODS, PEFT_WARNING, context, toy
 
 from tasks.data.records import read_examples
@@ -36,7 +36,7 @@ def tune(ground: Workplace, method: str, out: Path, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(1)
     data = Path("data/examples")
     found = finetune(
-        validate(finetune_section(method), "finetune", Params),
+        validate(finetune_section(method, schedule={**SCHEDULE_HERE, "epochs": 6}), "finetune", Params),
         data / "train.jsonl",
         data / "validation.jsonl",
         Path("models/base"),
