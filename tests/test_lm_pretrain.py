@@ -86,13 +86,12 @@ def test_every_pair_is_decided_by_its_draw(lm: LanguageModel) -> None:
 
 def test_a_causal_model_reads_the_same_text_whole_or_cut() -> None:
     lm = toy("llama")
-    wholes = [
-        [lm.tokenizer.bos_token_id, *part.ids, lm.tokenizer.eos_token_id]
-        for part in documents(lm, texts(30), SETTINGS["max_tokens"] - 2)
-    ]
-    assert any(part.text for part in documents(lm, texts(30), SETTINGS["max_tokens"] - 2))
+    corpus = [*texts(30), "Who comes?\n\nAnna comes.", "A paragraph.\n\nAnother.\n\nA third."]
+    parts = documents(lm, corpus, SETTINGS["max_tokens"] - 2)
+    assert {part.text is None for part in parts} == {True, False}
+    wholes = [[lm.tokenizer.bos_token_id, *part.ids, lm.tokenizer.eos_token_id] for part in parts]
     for share in (0.0, 1.0):
-        lengths, pair = objective(lm, texts(30), **{**SETTINGS, "prefix_share": share})  # type: ignore[arg-type]
+        lengths, pair = objective(lm, corpus, **{**SETTINGS, "prefix_share": share})  # type: ignore[arg-type]
         pairs = [pair(row) for row in range(len(lengths))]
         assert [[*prompt, *response] for prompt, response in pairs] == wholes
         assert all((len(prompt) == 1) == (share == 0) for prompt, _ in pairs)

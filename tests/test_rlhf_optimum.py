@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.rlhf.assess import objectives
 from tasks.rlhf.optimum import closed_form, objective, two_outcomes
 
 
@@ -45,6 +46,24 @@ def test_a_small_beta_does_not_overflow() -> None:
     assert best.bad == 0
     assert best.kl == pytest.approx(math.log(2), abs=1e-6)
     assert closed_form(torch.tensor([[-1000.0, 1000.0]]), beta=1e-3).item() == pytest.approx(1000.0)
+
+
+def test_without_a_penalty_the_best_response_is_the_optimum() -> None:
+    assert closed_form(torch.tensor([[0.25, 1.0, 0.5], [0.0, -1.0, -2.0]]), beta=0.0).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_the_share_of_the_gain_is_none_where_nothing_can_be_gained(beta: float) -> None:
+    same, kl = torch.full((6, 4), 0.3), torch.full((6, 4), 0.1)
+    found = objectives(same, same + 0.5, kl, beta, samples=50, seed=1)
+    assert [found[f"share_of_gain{end}"] for end in ("", "_low", "_high")] == [None] * 3
+    assert found["objective_optimum"] == pytest.approx(0.3, abs=1e-6)
+    one_differs = same.clone()
+    one_differs[0, 0] = 1.0  # some samples of the prompts lack this one
+    assert objectives(one_differs, same, kl, beta, samples=50, seed=1)["share_of_gain"] is None
+    all_differ = same + torch.tensor([0.0, 0.1, 0.2, 0.3])
+    whole = objectives(all_differ, all_differ.amax(dim=1, keepdim=True).expand(6, 4), 0 * kl, 0.0, 50, 1)
+    assert whole["share_of_gain"] == pytest.approx(1.0)
 
 
 @given(st.lists(REWARD, min_size=2, max_size=8), st.floats(0.05, 5), st.integers(0, 10**6))

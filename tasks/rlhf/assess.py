@@ -26,6 +26,8 @@ from tasks.rlhf.rewards import k1, penalise_unfinished
 from tasks.rlhf.rollout import Responses, Reward, part, respond_by_sampling
 from tasks.rlhf.settings import Rollouts
 
+ROUNDING = 1e-6  # of a mean of float32 rewards
+
 
 class Held(NamedTuple):
     """Held-out examples, their prompts as token ids, and the random numbers their answers are always drawn
@@ -110,12 +112,13 @@ def divergences(
 
 def objectives(
     before: Tensor, after: Tensor, kl: Tensor, beta: float, samples: int, seed: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """J = E[r] − β·KL before and after training, the optimum in closed form, and the share of the gain reached.
 
     `before` and `after` `[N, K]` are rewards of the reference and of the policy, `kl` the latter's
     divergences. The optimum is estimated from `before`, prompt by prompt. Intervals (95 %) are from
-    `samples` bootstrap samples of the prompts.
+    `samples` bootstrap samples of the prompts. The share is None where nothing can be gained: the reference's
+    answers to a prompt all get the same reward, for every prompt or for every one of a bootstrap sample.
     """
     start, best = before.mean(dim=1), closed_form(before, beta)
     reached = (after - beta * kl).mean(dim=1)
@@ -125,9 +128,13 @@ def objectives(
         "objective_before": Measure(columns, lambda sums: sums[:, 0] / sums[:, 3]),
         "objective": Measure(columns, lambda sums: sums[:, 1] / sums[:, 3]),
         "objective_optimum": Measure(columns, lambda sums: sums[:, 2] / sums[:, 3]),
-        "share_of_gain": Measure(columns, lambda sums: (sums[:, 1] - sums[:, 0]) / (sums[:, 2] - sums[:, 0])),
     }
-    found: dict[str, float] = {}
+    possible = draws @ (columns[:, 2] - columns[:, 0]) / len(columns)
+    if (possible > ROUNDING).all():
+        measures["share_of_gain"] = Measure(
+            columns, lambda sums: (sums[:, 1] - sums[:, 0]) / (sums[:, 2] - sums[:, 0])
+        )
+    found: dict[str, float | None] = dict.fromkeys(("share_of_gain", "share_of_gain_low", "share_of_gain_high"))
     for name, measure in measures.items():
         value, low, high = interval(measure, draws)
         found |= {name: value, f"{name}_low": low, f"{name}_high": high}

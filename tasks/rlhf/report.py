@@ -44,6 +44,10 @@ def _summary(course: Course, metrics: Mapping[str, Any]) -> str:
     def value(name: str) -> str:
         return f"{metrics[name]:.3f} ({metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f})"
 
+    if metrics["share_of_gain"] is None:
+        share = "Nothing can be gained: the reference's answers to a prompt all get the same reward."
+    else:
+        share = f"Of the possible gain {value('share_of_gain')} was reached."
     acts = [
         f"- step {each['step']}: {each['act'].replace('_', ' ')}: {each['reasons']}" for each in course.events
     ]
@@ -67,7 +71,7 @@ def _summary(course: Course, metrics: Mapping[str, Any]) -> str:
             "",
             f"The objective, reward less {metrics['beta']:g} for each nat: before {value('objective_before')}, "
             f"after {value('objective')}; the best possible, in closed form: {value('objective_optimum')}. "
-            f"Of the possible gain {value('share_of_gain')} was reached. Intervals are 95 %.",
+            f"{share} Intervals are 95 %.",
             "",
             "## The guard",
             "",
