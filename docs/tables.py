@@ -112,6 +112,51 @@ def objective_table(metrics: Mapping[str, Any]) -> str:
     )
 
 
+SCORES = {"rougeL": "ROUGE-L", "slot_f1": "Slot-F1", "toxicity_rate": "Toxic answers"}
+
+
+def _scores_of(metrics: Mapping[str, Any], rows: Mapping[str, str]) -> str:
+    """Scores of several models in one flat file, told apart by the ends of their names."""
+    lines = [
+        (label, *(f"{metrics[score + end]:.3f}" for score in SCORES))
+        for end, label in rows.items()
+        if f"rougeL{end}" in metrics
+    ]
+    return markdown(("Model", *SCORES.values()), lines)
+
+
+def distill_table(metrics: Mapping[str, Any]) -> str:
+    """The student beside its teacher and the two controls."""
+    return _scores_of(
+        metrics,
+        {
+            "_teacher": f"teacher, {metrics['parameters_teacher']:,} parameters",
+            "": f"student, {metrics['parameters']:,} parameters",
+            "_taught": "student of few examples, with the teacher",
+            "_untaught": "student of few examples, from references alone",
+        },
+    )
+
+
+def prune_table(metrics: Mapping[str, Any]) -> str:
+    """The model before, with weights taken away, and tuned afterwards."""
+    return _scores_of(metrics, {"_dense": "dense", "_before_recovery": "pruned", "": "pruned and tuned"})
+
+
+def quantize_table(metrics: Mapping[str, Any]) -> str:
+    """Every scheme that was compared."""
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{found['bytes']:,}",
+            f"{found['bytes_ratio']:.3f}",
+            *(f"{found[score]:.3f}" for score in ("rougeL", "slot_f1", "toxicity_rate")),
+        )
+        for name, found in metrics["schemes"].items()
+    ]
+    return markdown(("Scheme", "Bytes", "Of the dense", *SCORES.values()), rows)
+
+
 EVALUATE = Path("metrics/evaluate.json")
 TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "evaluate": (EVALUATE, scores_table),
@@ -123,6 +168,9 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "reward": (Path("metrics/reward.json"), reward_table),
     "reward_kinds": (Path("metrics/reward.json"), reward_kinds_table),
     "objective": (Path("metrics/ppo.json"), objective_table),
+    "distill": (Path("metrics/distill.json"), distill_table),
+    "prune": (Path("metrics/prune.json"), prune_table),
+    "quantize": (Path("metrics/quantize.json"), quantize_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
     "parity_trl": (Path("benchmarks/results/parity_trl.json"), parity_table),
     "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), printed_table),

@@ -13,7 +13,10 @@ import yaml
 from tasks.stage.params import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-EQUATIONS = {"masked", "rewards", "advantages", "losses", "optimum", "guard"}  # of tasks/rlhf
+EQUATIONS = {  # of packages of tasks
+    "rlhf": {"masked", "rewards", "advantages", "losses", "optimum", "guard"},
+    "compress": {"distillation", "pruning"},
+}
 SHARED_PARAMS = ["seed", "compute"]
 HEAVY = ["torch", "transformers", "mlflow", "matplotlib", "prefect", "dvc", "datasets", "pandas", "peft", "trl"]
 
@@ -166,8 +169,9 @@ def test_imports_run_one_way() -> None:
                 if name.startswith("tasks.") and not name.startswith(("tasks.stage", "tasks.registry"))
             }
             wrong += [f"{path} imports {name}" for name in others]
-        if path.parts[:2] == ("tasks", "rlhf") and path.stem in EQUATIONS:
-            others = {name for name in names if name.startswith("tasks.") and not name.startswith("tasks.rlhf")}
+        if path.stem in EQUATIONS.get(path.parts[1], ()):
+            package = f"tasks.{path.parts[1]}"
+            others = {name for name in names if name.startswith("tasks.") and not name.startswith(package)}
             wrong += [f"{path} imports {name}" for name in others]
     assert wrong == []
 

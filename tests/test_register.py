@@ -22,7 +22,16 @@ from tasks.lm.peft import adapt
 from tasks.lm.respond import respond
 from tasks.registry import store
 from tasks.registry.card import card
-from tasks.registry.register import Licences, Params, copy_code, pack, pack_model, requirements, size
+from tasks.registry.register import (
+    QUANTISERS,
+    Licences,
+    Params,
+    copy_code,
+    pack,
+    pack_model,
+    requirements,
+    size,
+)
 from tasks.stage import ParamsError, UserError
 from tasks.stage.fingerprint import hash_path
 
@@ -150,15 +159,13 @@ def test_a_base_that_is_not_here_cannot_be_kept_apart(tmp_path: Path) -> None:
 
 
 def test_the_libraries_of_a_quantised_model_are_pinned_too(tmp_path: Path) -> None:
-    for method, library in {"torchao": "torchao==", None: "", "bitsandbytes": "bitsandbytes=="}.items():
+    for method in ("compressed-tensors", "bitsandbytes", None):
         config = {"quantization_config": {"quant_method": method}} if method else {}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        if method == "torchao":
-            pytest.importorskip("torchao")
         found = requirements(tmp_path)
         assert all("==" in line for line in found)
-        assert not library or any(line.startswith(library) for line in found)
-        assert bool(library) or not any(line.startswith(("torchao", "bitsandbytes")) for line in found)
+        pinned = {line.split("==")[0] for line in found} & set(QUANTISERS)
+        assert pinned == ({method} if method else set())
 
 
 def test_the_card_has_scores_terms_and_origin() -> None:

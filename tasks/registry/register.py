@@ -34,7 +34,10 @@ LIBRARIES = (
     "torch",
     "transformers",
 )
-QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # quant_method in a config: library
+QUANTISERS = {
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+}  # quant_method in a config: library
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -126,5 +129,5 @@ def requirements(model: Path) -> list[str]:
     weights = model / BASE if (model / BASE).is_dir() else model
     config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     method = config.get("quantization_config", {}).get("quant_method")
-    names = [*LIBRARIES, *([QUANTISERS[method]] if method in QUANTISERS else [])]
+    names = [*LIBRARIES, *([method] if method in QUANTISERS else [])]
     return [f"{name}=={version(name)}" for name in names]
