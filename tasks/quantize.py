@@ -2,7 +2,7 @@
 
 Writes the model in every scheme that is compared (tasks/compress/schemes.py lists them), opens each as anyone
 would, answers the same held-out prompts, and keeps one. `int4_qat` is trained for a few steps with rounded
-weights, on what the dense model itself answers, so that it learns nothing new but to bear the rounding. The
+weights, on what the dense model itself predicts, so that it learns nothing new but to bear the rounding. The
 others are not trained.
 
     python -m tasks.quantize
@@ -41,7 +41,7 @@ class Smoothing(Section):
 
 
 class Training(Section):
-    """`int4_qat` learns from the dense model's answers to the prompts of `examples` training examples."""
+    """`int4_qat` learns what the dense model predicts along the answers of `examples` training examples."""
 
     examples: PositiveInt
     learning_rate: PositiveFloat
@@ -192,7 +192,7 @@ def _write(scheme: Scheme, params: Params, train: "Sequence[Example]", work: Pat
             _train(lm, BITS[scheme], params, train, context)
             save_integers(lm, work / scheme, BITS[scheme], params.group_size)
         case "int8_dynamic" if params.smoothing is not None:
-            pairs = _pairs(lm, train[: params.smoothing.examples], None, params)
+            pairs = _pairs(lm, train[: params.smoothing.examples], params)
             smooth(lm, pairs, params.smoothing.strength, params.batch_size)
             save(lm, work / "smoothed")
             save_with_bitsandbytes(work / "smoothed", work / scheme, scheme, context.compute)
@@ -205,19 +205,9 @@ def _train(
 ) -> None:
     """Train `lm` in place, its weights rounded in every pass, to say what it said when they were not."""
     from tasks.compress.quantized_training import train_rounded
-    from tasks.lm.respond import respond
 
     given = params.training
-    chosen = examples[: given.examples]
-    said = respond(
-        lm,
-        [example.prompt for example in chosen],
-        _greedy(params),
-        batch_size=params.batch_size,
-        seed=context.seed,
-        max_prompt_tokens=params.max_prompt_tokens,
-    )
-    pairs = _pairs(lm, chosen, said, params)
+    pairs = _pairs(lm, examples[: given.examples], params)
     train_rounded(
         lm,
         pairs,
@@ -230,17 +220,14 @@ def _train(
     )
 
 
-def _pairs(
-    lm: "LanguageModel", examples: "Sequence[Example]", answers: Sequence[str] | None, params: Params
-) -> "list[Pair]":
-    """Token ids of prompts and `answers` to them (None: the references)."""
+def _pairs(lm: "LanguageModel", examples: "Sequence[Example]", params: Params) -> "list[Pair]":
+    """Token ids of prompts and first right answers."""
     from tasks.lm.respond import encode_prompts, encode_responses
 
-    responses = [example.reference for example in examples] if answers is None else answers
     return list(
         zip(
             encode_prompts(lm, [example.prompt for example in examples], params.max_prompt_tokens),
-            encode_responses(lm, responses, params.max_response_tokens),
+            encode_responses(lm, [example.reference for example in examples], params.max_response_tokens),
             strict=True,
         )
     )
@@ -272,7 +259,7 @@ def _measured(
         seed=context.seed,
         max_prompt_tokens=params.max_prompt_tokens,
     )
-    prompts, references = zip(*_pairs(lm, held_out, None, params), strict=True)
+    prompts, references = zip(*_pairs(lm, held_out, params), strict=True)
     found = likelihoods(lm, prompts, references, batch_size=params.batch_size)
     nll, tokens = np.array(found, dtype=np.float64).T
     scores = measures.quality(

@@ -1,22 +1,24 @@
-"""The stage `quantize` as it is run, on toy sizes: what it writes opens plainly and answers as measured."""
+"""The stage `quantize` on toy sizes: what it writes is small, opens plainly, and answers as was measured."""
 
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lm_stages import SCHEDULE_HERE, Workplace, lay_out
-from lm_toys import COMPUTE, FAMILIES, GREEDY, PEFT_WARNING, context, shake, toy
+from lm_stages import SCHEDULE_HERE, lay_out
+from lm_toys import COMPUTE, FAMILIES, GREEDY, PEFT_WARNING, context, schedule, shake, toy
 from pydantic import ValidationError
-from test_base import assert_one_line
 
 from tasks.compress import formats
 from tasks.compress.kernels import Int8Linear, load_int8
 from tasks.compress.quantization import from_integers, scales, to_integers
+from tasks.compress.quantized_training import divergence, train_rounded
 from tasks.compress.schemes import BITS, WITH_BITSANDBYTES
 from tasks.compress.smoothing import observe, smooth
 from tasks.compress.speed import speed
@@ -25,7 +27,7 @@ from tasks.lm.model import LanguageModel, load, save
 from tasks.lm.peft import adapt
 from tasks.lm.respond import collate, encode_prompts, encode_responses, respond, response_logits
 from tasks.quantize import Params, quantize
-from tasks.stage import ParamsError, UserError
+from tasks.stage import DataError, ParamsError, UserError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 SCHEMES = (*BITS, *WITH_BITSANDBYTES)
@@ -53,6 +55,15 @@ def section(**changes: Any) -> dict[str, Any]:
     }
 
 
+def calm(family: str) -> LanguageModel:
+    """A toy model in which an error does not grow from layer to layer."""
+    lm = toy(family, **WIDE)
+    with torch.no_grad():
+        for layer in formats.quantizable(lm.model).values():
+            layer.weight.div_(4)
+    return lm
+
+
 def some_pairs(lm: LanguageModel, count: int = 6) -> list[Any]:
     rows = list(synthetic(3, count))[:count]
     prompts = encode_prompts(lm, [row.prompt for row in rows], 96)
@@ -66,7 +77,7 @@ def logits(lm: LanguageModel) -> torch.Tensor:
 
 def written(scheme: str, family: str, root: Path) -> tuple[LanguageModel, Path]:
     """A toy model, and the folder with it in a scheme."""
-    lm = toy(family, **WIDE)
+    lm = calm(family)
     save(lm, root / "dense")
     folder = root / scheme
     if scheme in BITS:
@@ -198,115 +209,149 @@ def test_int8_kernels_refuse_other_folders(tmp_path: Path) -> None:
         load_int8(tmp_path / "dense", COMPUTE)
 
 
-def ground(root: Path, family: str) -> Workplace:
-    """Data, and a toy model to quantise."""
-    workplace = lay_out(root)
-    save(toy(family, **WIDE), root / "models" / "ppo")
-    return workplace
+@dataclass(frozen=True)
+class Place:
+    """Data, a toy model to quantise, and what the stage wrote beside it."""
+
+    root: Path
+
+    def quantize(self, **changes: Any) -> Mapping[str, Any]:
+        data, source = self.root / "data" / "examples", str(self.root / "models" / "ppo")
+        return quantize(
+            Params(**section(**{"source": source, **changes})),
+            data / "train.jsonl",
+            data / "validation.jsonl",
+            self.root / "models" / "quantize",
+            self.root / "reports" / "quantize",
+            context(self.root, "quantize"),
+        )
+
+    def outputs(self) -> dict[str, bytes]:
+        files = [
+            *(self.root / "models" / "quantize").iterdir(),
+            *(self.root / "reports" / "quantize").iterdir(),
+        ]
+        return {file.name: file.read_bytes() for file in files}
+
+
+def ground(root: Path, family: str) -> Place:
+    lay_out(root)
+    save(calm(family), root / "models" / "ppo")
+    return Place(root)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A finished run of each family."""
-    workplace = ground(tmp_path_factory.mktemp(request.param), request.param)
-    workplace.set(quantize=section())
-    workplace.run("quantize")
-    return workplace
+def done(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Place, Mapping[str, Any]]:
+    """A finished run of each family, and its metrics."""
+    place = ground(tmp_path_factory.mktemp(request.param), request.param)
+    return place, place.quantize()
 
 
-def test_it_tells_what_each_scheme_costs(done: Workplace) -> None:
-    metrics = done.metrics("quantize")
+def test_it_tells_what_each_scheme_costs(done: tuple[Place, Mapping[str, Any]]) -> None:
+    place, metrics = done
     assert set(metrics["schemes"]) == {"dense", *SCHEMES}
     dense = metrics["schemes"]["dense"]
     assert (dense["bytes_ratio"], dense["same_answers"]) == (1, 1)
     for name, row in metrics["schemes"].items():
         assert row["bytes_ratio"] == row["bytes"] / dense["bytes"]
         assert 0 <= row["rougeL_low"] <= row["rougeL"] <= row["rougeL_high"] <= 1, name
-        assert row["perplexity"] > 1
-    assert metrics["bytes"] == weights_bytes(done.root / "models" / "quantize")
-    assert metrics["bytes_dense"] == weights_bytes(done.root / "models" / "ppo")
+        assert row["perplexity"] == pytest.approx(dense["perplexity"], rel=0.1), name
+    assert metrics["bytes"] == weights_bytes(place.root / "models" / "quantize")
+    assert metrics["bytes_dense"] == weights_bytes(place.root / "models" / "ppo")
     assert metrics["rougeL_loss"] == pytest.approx(metrics["rougeL_dense"] - metrics["rougeL"], abs=1e-6)
-    assert metrics["perplexity"] == pytest.approx(metrics["perplexity_dense"], rel=0.1)
-    reports = done.root / "reports" / "quantize"
+    reports = place.root / "reports" / "quantize"
     assert {path.name for path in reports.iterdir()} == {"schemes.csv", "summary.md"}
     assert len((reports / "schemes.csv").read_text().splitlines()) == 7
-    assert not list((done.root / ".work" / "quantize").glob("*/*"))
+    assert not list((place.root / "work").iterdir())
 
 
-def test_trained_with_rounding_four_bits_come_nearer_to_the_dense_model(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
-    here = ground(tmp_path, "t5").root
-    data = here / "data" / "examples"
-    training = {"examples": 60, "learning_rate": 0.003, "schedule": {**SCHEDULE_HERE, "epochs": 6}}
-    given = section(source=str(here / "models" / "ppo"), scheme="int4", compared=["int4", "int4_qat"])
-    metrics = quantize(
-        Params(**{**given, "group_size": 64, "training": training}),
-        data / "train.jsonl",
-        data / "validation.jsonl",
-        here / "models" / "quantize",
-        here / "reports" / "quantize",
-        context(here, "quantize"),
-    )
-    schemes = metrics["schemes"]
-    assert schemes["int4"]["bytes"] == schemes["int4_qat"]["bytes"]
-    assert schemes["int4_qat"]["same_answers"] > schemes["int4"]["same_answers"]
+def test_again_it_writes_the_same_bytes(done: tuple[Place, Mapping[str, Any]], tmp_path: Path) -> None:
+    place, metrics = done
+    for name in ("data", "models/ppo"):
+        shutil.copytree(place.root / name, tmp_path / name)
+    again = Place(tmp_path)
+    assert again.quantize() == metrics
+    assert again.outputs() == place.outputs()
 
 
-def test_the_model_opens_without_code_of_ours(done: Workplace) -> None:
+def test_the_model_opens_without_code_of_ours(done: tuple[Place, Mapping[str, Any]]) -> None:
     script = """
-import sys, torch
+import sys
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 seq2seq = AutoConfig.from_pretrained(sys.argv[1]).is_encoder_decoder
 model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(sys.argv[1])
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("Who was it?", return_tensors="pt")
-print(model.generate(**ids, max_new_tokens=5, do_sample=False).tolist())
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("Who was it?", return_tensors="pt").input_ids
+print(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False).tolist())
 """
-    command = [sys.executable, "-W", "ignore", "-c", script, str(done.root / "models" / "quantize")]
-    ran = subprocess.run(command, cwd=done.root, capture_output=True, text=True, check=True)
-    lm = load(done.root / "models" / "quantize", COMPUTE)
-    ids = lm.tokenizer("Who was it?", return_tensors="pt")
-    assert json.loads(ran.stdout) == lm.model.generate(**ids, max_new_tokens=5, do_sample=False).tolist()
+    folder = done[0].root / "models" / "quantize"
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    lm = load(folder, COMPUTE)
+    ids = lm.tokenizer("Who was it?", return_tensors="pt").input_ids
+    expected = lm.model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert json.loads(ran.stdout.splitlines()[-1]) == expected.tolist()
 
 
-def test_again_it_writes_the_same_bytes(done: Workplace, tmp_path: Path) -> None:
-    again = Workplace(tmp_path)
-    for name in ("data", "models/ppo", "params.yaml", "dvc.yaml"):
-        source = done.root / name
-        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path)
-    again.run("quantize")
-    assert again.outputs("quantize") == done.outputs("quantize")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_with_rounding_four_bits_come_nearer_to_the_dense_model(family: str, tmp_path: Path) -> None:
+    lm, dense = calm(family), calm(family)
+    pairs = some_pairs(lm, 24)
+    batch = collate(lm, *zip(*pairs, strict=True))
+
+    def distance() -> float:
+        with torch.inference_mode(), formats.fake_quantization(lm.model, 4, 64):
+            return float(
+                divergence(response_logits(dense, batch), response_logits(lm, batch), batch.response_mask == 1)
+            )
+
+    before = distance()
+    given = schedule(epochs=4, batch_size=8)
+    train_rounded(lm, pairs, pairs[:4], 4, 64, given, 0.003, context(tmp_path, "quantize"))
+    assert distance() < 0.7 * before
+    assert type(next(iter(formats.quantizable(lm.model).values()))) is torch.nn.Linear
+
+
+def test_a_model_diverges_from_itself_nowhere_and_padding_counts_nothing() -> None:
+    logits, other = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert float(divergence(logits, logits, mask)) == pytest.approx(0, abs=1e-6)
+    expected = sum(
+        float((p.exp() * (p - q)).sum())
+        for p, q in zip(logits.log_softmax(-1)[mask], other.log_softmax(-1)[mask], strict=True)
+    )
+    assert float(divergence(logits, other, mask)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
-    workplace = lay_out(tmp_path)
-    base = tmp_path / "models" / "base"
-    save(toy("llama", **WIDE), base)
-    tuned = adapt(
-        load(base, COMPUTE, trainable=True),
-        "lora",
-        {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": None},
-    )
-    shake(tuned)
+    lay_out(tmp_path)
+    save(calm("llama"), tmp_path / "models" / "base")
+    base = load(tmp_path / "models" / "base", COMPUTE, trainable=True)
+    tuned = adapt(base, "lora", {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": None})
+    shake(tuned, 0.01)
     save(tuned, tmp_path / "models" / "ppo")
-    workplace.set(quantize=section(compared=["int8"]))
-    workplace.run("quantize")
+    Place(tmp_path).quantize(compared=["int8"])
     opened = load(tmp_path / "models" / "quantize", COMPUTE)
     tuned.model.eval()
     assert (logits(opened) - logits(tuned)).norm() / logits(tuned).norm() < 0.05
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
-    workplace = ground(tmp_path, "t5")
-    for changes, said in (
-        ({"group_size": 48, "compared": ["int8", "int4"]}, "quantize.group_size is 48, which does not divide"),
+    place = ground(tmp_path, "t5")
+    wrong: list[tuple[dict[str, Any], type[UserError], str]] = [
         (
-            {"task": "translate"},
-            "quantize.task is translate, but data/examples/train.jsonl has no example of it",
+            {"group_size": 48, "compared": ["int8", "int4"]},
+            ParamsError,
+            "group_size is 48, which does not divide",
         ),
-        ({"source": "models/none"}, "cannot open the model models/none"),
-    ):
-        workplace.set(quantize=section(**changes))
-        assert_one_line(workplace.run("quantize", 2), said)
+        ({"task": "translate"}, DataError, "quantize.task is translate, but .* has no example of it"),
+        ({"source": "models/none"}, UserError, "cannot open the model models/none"),
+    ]
+    for changes, kind, said in wrong:
+        with pytest.raises(kind, match=said) as caught:
+            place.quantize(**changes)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_scheme_that_is_not_compared_cannot_be_kept() -> None:

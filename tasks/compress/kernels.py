@@ -6,6 +6,7 @@ to store it: its answers are a little less exact than those of the folder opened
 batch share the scale of their activations.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,9 +25,11 @@ class Int8Linear(nn.Module):
     def __init__(self, integers: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         rows = scale.flatten().double()
-        weight = torch._make_per_channel_quantized_tensor(
-            integers, rows, torch.zeros(len(rows), dtype=torch.int64), 0
-        )
+        with warnings.catch_warnings():  # the one way to these kernels, to be replaced in a later PyTorch
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            weight = torch._make_per_channel_quantized_tensor(
+                integers, rows, torch.zeros(len(rows), dtype=torch.int64), 0
+            )
         self._packed = torch.ops.quantized.linear_prepack(weight, bias)
         self.weight = None  # T5 looks for a type that its activations should have
 

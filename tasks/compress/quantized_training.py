@@ -1,7 +1,7 @@
 """Quantisation-aware training: a model learns to say with rounded weights what it said with whole ones.
 
-Its teacher is the model itself before any rounding, on answers of its own (as in LLM-QAT, Liu et al. 2023,
-arXiv 2305.17888): nothing is learnt but to bear the error, whatever the model was trained for before.
+Its teacher is the model itself before any rounding, whose predictions it learns to repeat (as in LLM-QAT, Liu
+et al. 2023, arXiv 2305.17888): nothing is learnt but to bear the error, whatever the model was trained for.
 """
 
 from collections.abc import Sequence
