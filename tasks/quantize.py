@@ -115,12 +115,10 @@ def quantize(
     scores: dict[str, Measures] = {}
     answers: dict[str, list[str]] = {}
     with context.progress(len(params.compared) + 1, "quantize: schemes") as bar:
-        scores["dense"], answers["dense"] = _measured(
-            work / "dense", "dense", held_out, params, toxicity, context
-        )
-        bar.advance()
-        for name in params.compared:
-            _write(name, params, train, work, context)
+        for scheme in (None, *params.compared):
+            name = scheme or "dense"
+            if scheme is not None:
+                _write(scheme, params, train, work, context)
             scores[name], answers[name] = _measured(work / name, name, held_out, params, toxicity, context)
             bar.advance()
 

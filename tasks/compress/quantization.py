@@ -15,9 +15,9 @@ def scales(weight: Tensor, bits: int, group_size: int | None) -> Tensor:
     With 2·max|w| / (2^bits − 1) the 2^bits integers reach from one end to the other, and no weight is further
     than half a scale from its integer.
     """
-    groups = _groups(weight, group_size)
-    found: Tensor = groups.abs().amax(dim=-1) * 2 / (2**bits - 1)
-    return found.clamp(min=torch.finfo(weight.dtype).tiny)
+    largest = _groups(weight, group_size).abs().amax(dim=-1)
+    spread: Tensor = 2 * largest / (2**bits - 1)
+    return spread.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def to_integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
