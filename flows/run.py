@@ -6,7 +6,9 @@ It knows nothing of Prefect: the flow decides when a stage's turn comes, and ask
 import contextlib
 import json
 import os
+import platform
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -46,7 +48,7 @@ class Run:
     """The stages of one run in graph order, and a `Result` for each.
 
     `changed` says why a stage would run, `forced` names those that run in any case. At most `jobs` stages run
-    side by side, and besides them one that asks for a GPU.
+    side by side, and besides them one that asks for a GPU, where there is one.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Run:
         self.parent: Recorder | None = None
         self.flow_run_id = ""
         self.due = _with_descendants(stages, {*forced, *(name for name in stages if changed[name])})
-        self._cpu, self._gpu = threading.BoundedSemaphore(jobs), threading.BoundedSemaphore(1)
+        self._cpu = threading.BoundedSemaphore(jobs)
+        self._gpu = threading.BoundedSemaphore(1) if has_gpu() else self._cpu
 
     @property
     def title(self) -> str:
@@ -187,6 +190,13 @@ class Run:
 
     def _parents(self, stage: Stage) -> list[str]:
         return [parent for parent in stage.parents if parent in self.stages]
+
+
+def has_gpu() -> bool:
+    """Whether a stage may find an accelerator here; told without torch, whose import takes seconds."""
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int = 2) -> Run:

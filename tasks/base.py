@@ -20,7 +20,8 @@ from tasks.stage.errors import say
 
 if TYPE_CHECKING:
     from tasks.lm.model import LanguageModel
-    from tasks.lm.train import Pair, Training
+    from tasks.lm.pretrain import Lessons
+    from tasks.lm.train import Training
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal training (Hoffmann et al. 2022, arXiv 2203.15556, table 3)
 
@@ -70,7 +71,7 @@ def base(
     lm = _open(params, train_text, context)
     texts = read_texts(validation_text)[: params.held_out]
     parts = documents(lm, texts, params.max_tokens)
-    prompts, responses = zip(*[cut(lm, part, 0.5) for part in parts], strict=True)
+    prompts, responses = zip(*cut(lm, parts, [0.5] * len(parts)), strict=True)
 
     def measure() -> float:
         with context.progress(len(prompts), "base: perplexity") as bar:
@@ -131,7 +132,7 @@ def _pretrain(
     from tasks.lm.pretrain import objective
     from tasks.lm.train import train
 
-    def rows(of: Sequence[str]) -> tuple[list[int], Any]:
+    def lessons(of: Sequence[str]) -> "Lessons":
         return objective(
             lm,
             of,
@@ -142,10 +143,19 @@ def _pretrain(
             seed=context.seed,
         )
 
-    lengths, pair = rows(texts)
-    held_out_lengths, held_out_pair = rows(held_out)
-    held_out_pairs: list[Pair] = [held_out_pair(row) for row in range(len(held_out_lengths))]
-    return train(lm, lengths, pair, held_out_pairs, learnt.schedule, learnt.learning_rate, context)
+    rows, pair = lessons(texts)
+    held_out_rows, held_out_pair = lessons(held_out)
+    held_out_pairs = [held_out_pair(row) for row in range(held_out_rows)]
+    return train(
+        lm,
+        rows,
+        pair,
+        held_out_pairs,
+        learnt.schedule,
+        learnt.learning_rate,
+        context,
+        sort_responses=True,
+    )
 
 
 def _verdict(source: str, seen: int, parameters: int) -> str:

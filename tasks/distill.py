@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from tasks.lm.schedule import Schedule
 from tasks.metrics.detector import Detector
@@ -53,12 +53,17 @@ class Student(Section):
 
 
 class Soft(Section):
-    """The weight `alpha` of the teacher's distribution at `temperature` beside the labels, and how many of its
-    likeliest tokens are kept by name (null: all)."""
+    """The weight `alpha` of the teacher's distribution at `temperature`, beside the labels, and how many of its
+    likeliest tokens are kept by name (null: all).
+
+    `states` is the weight of the distance between the hidden states of student and teacher, which must be
+    equally wide: what an encoder makes of the prompt, or a causal model of the whole text. 0: not compared.
+    """
 
     alpha: Annotated[float, Field(gt=0, le=1)]
     temperature: PositiveFloat
     top_k: PositiveInt | None
+    states: NonNegativeFloat
 
 
 class OnPolicy(Section):
@@ -234,12 +239,18 @@ def _student(params: Params, teacher: "LanguageModel", seed: int) -> "LanguageMo
 
     size = params.student
     torch.manual_seed(seed)
+    width = teacher.model.config.hidden_size
     if size.start == "scratch":
+        if params.method == "soft" and params.soft.states and size.width not in (None, width):
+            raise ParamsError(
+                f"distill.soft.states compares states of one width, but distill.student.width is {size.width} "
+                f"and {params.teacher.source} is {width} wide; set soft.states to 0, or student.width to null"
+            )
         return from_scratch(teacher, **size.model_dump(exclude={"start"}))
-    if size.width not in (None, teacher.model.config.hidden_size):
+    if size.width not in (None, width):
         raise ParamsError(
             f"distill.student.width is {size.width}, but the layers of {params.teacher.source} are "
-            f"{teacher.model.config.hidden_size} wide; set it to null, or start from scratch"
+            f"{width} wide; set it to null, or start from scratch"
         )
     shallow = with_layers(teacher, size.encoder, size.decoder)
     return fewer_units(shallow, heads=size.heads, channels=size.channels)
@@ -265,15 +276,15 @@ def _taught(
             context,
         )
         return student, training
-    from tasks.compress.student import train_student
+    from tasks.compress.student import Weights, train_student
 
     training = train_student(
         student,
+        teacher,
         lessons.pairs,
         lessons.foreseen,
         lessons.held_out,
-        params.soft.alpha,
-        params.soft.temperature,
+        Weights(params.soft.alpha, params.soft.temperature, params.soft.states),
         schedule,
         params.learning_rate,
         context,
@@ -291,7 +302,7 @@ def _untaught(
     pairs = lessons.references
     training = train(
         student,
-        [len(prompt) + len(response) for prompt, response in pairs],
+        len(pairs),
         lambda draw: pairs[draw % len(pairs)],
         lessons.held_out,
         schedule,

@@ -223,6 +223,7 @@ def _answer(
 ) -> "Answered":
     """Let every model speak, each loaded once."""
     from tasks.lm.model import load
+    from tasks.lm.peft import merged_to_answer
     from tasks.lm.respond import respond
     from tasks.metrics.results import Answered
 
@@ -235,7 +236,7 @@ def _answer(
     total = len(main) * len(params.variants) + sum(map(len, others.values())) * len(plain)
     with context.progress(total + limit * len(params.decoding), "answering test prompts") as bar:
         for folder in dict.fromkeys(variant.model for variant in params.variants.values()):
-            lm = load(models / folder, context.compute)
+            lm = merged_to_answer(load(models / folder, context.compute))
             speak = partial(
                 respond,
                 lm,
@@ -319,6 +320,7 @@ def _align(
     import numpy as np
 
     from tasks.lm.model import load
+    from tasks.lm.peft import merged_to_answer
     from tasks.lm.respond import encode_prompts, likelihoods
     from tasks.metrics.alignment import Sampled, alignment
 
@@ -329,7 +331,7 @@ def _align(
     nll: dict[str, list[float]] = {}  # of these answers
     with context.progress(4 * len(prompts), "sampling answers before and after alignment") as bar:
         for name in (wanted.after, wanted.before):
-            lm = load(models / params.variants[name].model, context.compute)
+            lm = merged_to_answer(load(models / params.variants[name].model, context.compute))
             encoded = encode_prompts(lm, prompts, params.max_prompt_tokens)
             own = sample_answers(lm, encoded, wanted.generation, params.batch_size, context.seed, bar.advance)
             texts[name] = [text.strip() for text in lm.tokenizer.batch_decode(own, skip_special_tokens=True)]

@@ -134,13 +134,14 @@ def _ranked_by_oracle(
 
 def _answers(source: Oracle, asked: "Sequence[Example]", model: Path, context: Context) -> list[list[str]]:
     from tasks.lm.model import load
+    from tasks.lm.peft import merged_to_answer
     from tasks.lm.respond import respond
 
     prompts = [example.prompt for example in asked for _ in range(source.answers)]
     with context.progress(len(prompts), f"{context.name}: answers") as bar:
         found = iter(
             respond(
-                load(model, context.compute),
+                merged_to_answer(load(model, context.compute)),
                 prompts,
                 {
                     "do_sample": True,

@@ -115,10 +115,9 @@ def finetune(
     lm = adapt(loaded, params.method, params.options)
     trainable, total = parameter_counts(lm)
     pairs, cut = encode(lm, examples, params)
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
     training = train(
         lm,
-        lengths,
+        len(pairs),
         lambda draw: pairs[draw % len(pairs)],
         encode(lm, held_out, params)[0],
         params.schedule,

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from lm_stages import Workplace
 from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy
 from torch import Tensor
 
-from tasks.compress.distillation import SoftTargets, distillation_loss, soft_loss, soft_targets
+from tasks.compress.distillation import SoftTargets, distillation_loss, soft_loss, soft_targets, state_loss
 from tasks.compress.shrink import from_scratch
-from tasks.compress.student import _lesson, _StudentTrainer
+from tasks.compress.student import Weights, _lesson, _StudentTrainer
 from tasks.compress.teacher import foresee
 from tasks.distill import Params, distill
 from tasks.lm.model import LanguageModel, load
@@ -134,15 +134,18 @@ def test_what_is_written_down_is_what_the_teacher_foresees(family: str, tmp_path
     assert np.array_equal(again.logprobs, found.logprobs)
 
 
+@pytest.mark.parametrize("states", [0.0, 2.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_of_a_batch_is_the_mean_over_its_response_tokens(family: str, tmp_path: Path) -> None:
+def test_the_loss_of_a_batch_is_the_mean_over_its_response_tokens(
+    family: str, states: float, tmp_path: Path
+) -> None:
     teacher, student = toy(family), toy(family, seed=1)
     pairs, rows = pairs_of(teacher), [4, 1, 6]
     found = foresee(teacher, pairs, 2.0, None, tmp_path / "x", batch_size=3, progress=lambda _: None)
     inputs = _lesson(student, pairs, found, rows)
     counted = int((inputs["labels"] != -100).sum())
     trainer = _StudentTrainer.__new__(_StudentTrainer)
-    trainer._alpha, trainer._temperature = 0.3, 2.0
+    trainer._teacher, trainer._weights = teacher, Weights(alpha=0.3, temperature=2.0, states=states)
     trainer.accelerator = type("One", (), {"num_processes": 1})()
     loss = trainer.compute_loss(student.model, inputs, num_items_in_batch=counted)
     expected = 0.0
@@ -151,7 +154,25 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_response_tokens(family: str, t
         theirs, ours = response_logits(teacher, batch)[0], response_logits(student, batch)[0]
         hard = F.cross_entropy(ours, torch.tensor(response), reduction="sum")
         expected += (0.3 * divergence(theirs, ours, 2.0) + 0.7 * hard).item()
+        wanted, made = (states_of(lm, prompt, response) for lm in (teacher, student))
+        expected += states * len(response) * ((made - wanted).norm() / wanted.norm()).item() ** 2
     assert loss.item() == pytest.approx(expected / counted, rel=1e-4)
+
+
+def states_of(lm: LanguageModel, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """What the encoder makes of the prompt, or a causal model of the text but its last token."""
+    if lm.is_encoder_decoder:
+        return lm.model.get_encoder()(torch.tensor([prompt])).last_hidden_state
+    return lm.model.get_decoder()(torch.tensor([[*prompt, *response]])).last_hidden_state
+
+
+def test_states_are_apart_by_shares_of_their_size() -> None:
+    teacher, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert state_loss(teacher, teacher, mask).tolist() == [0, 0]
+    assert state_loss(1.5 * teacher, teacher, mask).tolist() == pytest.approx([0.25, 0.25])
+    noise = torch.zeros(2, 3, 4)
+    noise[1, 1:] = 9.0  # where nothing stands
+    assert state_loss(teacher + noise, teacher, mask).tolist() == [0, 0]
 
 
 def called(root: Path, **changes: Any) -> Mapping[str, Any]:
@@ -205,7 +226,8 @@ def test_the_adapter_of_a_teacher_is_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_student_from_scratch_may_be_narrower(family: str, tmp_path: Path) -> None:
     here = with_dense(tmp_path, family)
-    metrics = called(here.root, student={**STUDENT, "start": "scratch", "width": 16})
+    soft = {**distill_section()["soft"], "states": 0.0}
+    metrics = called(here.root, student={**STUDENT, "start": "scratch", "width": 16}, soft=soft)
     assert load(here.root / "models" / "distill", COMPUTE).model.config.hidden_size == 16
     assert metrics["parameters_ratio"] < 0.5
 
@@ -291,6 +313,11 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
             "on_policy is for causal models, and t5 has an encoder; set it to soft",
         ),
         ({"student": {**STUDENT, "heads": 5}}, ParamsError, "5 heads are wanted of 4 in each layer"),
+        (
+            {"student": {**STUDENT, "start": "scratch", "width": 16}},
+            ParamsError,
+            "soft.states compares states of one width, but .* is 32 wide; set soft.states to 0",
+        ),
         ({"student": {**STUDENT, "width": 16}}, ParamsError, "width is 16, but .* 32 wide; set it to null"),
     ],
 )

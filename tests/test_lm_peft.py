@@ -8,7 +8,7 @@ from lm_toys import COMPUTE, FAMILIES, GREEDY, METHODS, OPTIONS, PEFT_WARNING, s
 
 from tasks.lm import peft
 from tasks.lm.model import LanguageModel, is_adapter, load, save
-from tasks.lm.peft import adapt, load_nf4, parameter_counts
+from tasks.lm.peft import adapt, load_nf4, merged_to_answer, parameter_counts
 from tasks.lm.respond import (
     Batch,
     collate,
@@ -105,7 +105,8 @@ def test_lora_starts_as_the_base_and_merges_into_itself(family: str, bases: dict
     shake(lm, by=0.03)
     unmerged = response_logprobs(lm, batch)
     assert (unmerged - response_logprobs(base, batch)).abs().max() > 1e-2
-    merged = LanguageModel(lm.model.merge_and_unload(), lm.tokenizer)
+    merged = merged_to_answer(lm)
+    assert not is_adapter(merged)
     torch.testing.assert_close(response_logprobs(merged, batch), unmerged, atol=1e-5, rtol=1e-5)
 
 
@@ -164,6 +165,14 @@ def test_lora_on_one_matrix() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(64, 512, bias=False))
     adapted = get_peft_model(layer, LoraConfig(r=8, lora_alpha=8, target_modules=["0"]))
     assert adapted.get_nb_trainable_parameters() == (4_608, 4_608 + 32_768)
+
+
+@pytest.mark.parametrize("method", ["full", "prompt_tuning", "qlora", "half"])
+def test_what_cannot_take_its_adapter_in_answers_with_it(method: str, bases: dict[str, Path]) -> None:
+    lm = tuned(bases["t5"], "lora" if method == "half" else method)
+    if method == "half":
+        lm.model.bfloat16()
+    assert merged_to_answer(lm) is lm
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -76,12 +76,12 @@ def test_fifteen_per_cent_goes_in_spans_of_three() -> None:
 
 def test_every_pair_is_decided_by_its_draw(lm: LanguageModel) -> None:
     corpus = texts(30)
-    lengths, pair = objective(lm, corpus, **SETTINGS)  # type: ignore[arg-type]
+    rows, pair = objective(lm, corpus, **SETTINGS)  # type: ignore[arg-type]
     _, again = objective(lm, corpus, **SETTINGS)  # type: ignore[arg-type]
-    draws = range(2 * len(lengths))
+    draws = range(2 * rows)
     assert [pair(draw) for draw in draws] == [again(draw) for draw in reversed(draws)][::-1]
     assert all(prompt and response for prompt, response in map(pair, draws))
-    assert any(pair(row) != pair(row + len(lengths)) for row in range(len(lengths)))
+    assert any(pair(row) != pair(row + rows) for row in range(rows))
 
 
 def test_a_causal_model_reads_the_same_text_whole_or_cut() -> None:
@@ -91,8 +91,8 @@ def test_a_causal_model_reads_the_same_text_whole_or_cut() -> None:
     assert {part.text is None for part in parts} == {True, False}
     wholes = [[lm.tokenizer.bos_token_id, *part.ids, lm.tokenizer.eos_token_id] for part in parts]
     for share in (0.0, 1.0):
-        lengths, pair = objective(lm, corpus, **{**SETTINGS, "prefix_share": share})  # type: ignore[arg-type]
-        pairs = [pair(row) for row in range(len(lengths))]
+        rows, pair = objective(lm, corpus, **{**SETTINGS, "prefix_share": share})  # type: ignore[arg-type]
+        pairs = [pair(row) for row in range(rows)]
         assert [[*prompt, *response] for prompt, response in pairs] == wholes
         assert all((len(prompt) == 1) == (share == 0) for prompt, _ in pairs)
     assert max(map(len, wholes)) <= SETTINGS["max_tokens"]
@@ -100,9 +100,9 @@ def test_a_causal_model_reads_the_same_text_whole_or_cut() -> None:
 
 @pytest.mark.parametrize(("share", "others"), [(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)])
 def test_the_share_of_texts_that_are_continued(lm: LanguageModel, share: float, others: float) -> None:
-    lengths, pair = objective(lm, texts(60), **{**SETTINGS, "prefix_share": share})  # type: ignore[arg-type]
+    rows, pair = objective(lm, texts(60), **{**SETTINGS, "prefix_share": share})  # type: ignore[arg-type]
     sentinels = set(sentinel_ids(lm))
-    prompts = [pair(draw)[0] for draw in range(10 * len(lengths))]
+    prompts = [pair(draw)[0] for draw in range(10 * rows)]
     found = [bool(sentinels & set(prompt)) or len(prompt) == 1 for prompt in prompts]
     assert sum(found) / len(found) == pytest.approx(others, abs=0.06)
 
@@ -119,14 +119,14 @@ def test_a_text_is_cut_between_paragraphs_or_between_tokens(lm: LanguageModel) -
     end = lm.tokenizer.eos_token_id
     (part,) = documents(lm, ["One two.\n\nThree.\n\nFour five six."], max_tokens=64)
     for where, expected in ((0.0, "One two."), (0.99, "One two.\n\nThree."), (0.4, "One two.")):
-        prompt, response = cut(lm, part, where)
+        ((prompt, response),) = cut(lm, [part], [where])
         between = "" if lm.is_encoder_decoder else "\n\n"
         assert lm.tokenizer.decode(prompt, skip_special_tokens=True) == expected + between
         rest = lm.tokenizer.decode(response, skip_special_tokens=True)
         assert f"{expected}\n\n{rest}" == part.text
         assert response[-1] == end
     (plain,) = documents(lm, ["One two three four five."], max_tokens=64)
-    prompt, response = cut(lm, plain, 0.5)
+    ((prompt, response),) = cut(lm, [plain], [0.5])
     assert (
         len(plain.ids) // 2 <= len([token for token in prompt if token in plain.ids]) <= len(plain.ids) // 2 + 1
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -28,7 +29,7 @@ from tasks.lm.model import LanguageModel, load, save
 from tasks.lm.peft import adapt, load_nf4
 from tasks.lm.respond import collate, encode_prompts, encode_responses, response_logprobs
 from tasks.lm.schedule import Schedule
-from tasks.lm.train import Pair, Training, batches, mean_loss, train
+from tasks.lm.train import Pair, Training, batches, mean_loss, sizes_of, train
 from tasks.stage import Interrupted, NullTrack, ParamsError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -52,7 +53,7 @@ def run(
     pairs = pairs_of(lm)
     return train(
         lm,
-        [len(prompt) + len(response) for prompt, response in pairs],
+        ROWS,
         lambda draw: pairs[draw % ROWS],
         pairs_of(lm, seed=9)[:8],
         schedule(**changes),
@@ -101,7 +102,7 @@ def test_eight_batches_of_one_are_one_batch_of_eight(family: str, tmp_path: Path
 def test_the_loss_is_the_mean_over_the_response_tokens_of_the_batch(family: str, tmp_path: Path) -> None:
     lm = toy(family)
     pairs = pairs_of(lm)
-    plan = batches([len(prompt) + len(response) for prompt, response in pairs], schedule(), seed=1)
+    plan = batches(sizes_of(pairs, schedule()), schedule(), seed=1)
     prompts, responses = zip(*[pairs[draw] for draw in plan[0]], strict=True)
     logprobs = response_logprobs(lm, collate(lm, prompts, responses))
     expected = -logprobs.sum().item() / sum(map(len, responses))
@@ -196,9 +197,8 @@ def test_a_stop_request_saves_first_and_is_resumed(tmp_path: Path) -> None:
     stopped = context(tmp_path / "stopped", track=StopAt())
     lm = toy("t5")
     pairs = pairs_of(lm)
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
     with pytest.raises(Interrupted):
-        train(lm, lengths, lambda draw: pairs[draw % ROWS], pairs_of(lm, 9)[:8], schedule(), 0.01, stopped)
+        train(lm, ROWS, lambda draw: pairs[draw % ROWS], pairs_of(lm, 9)[:8], schedule(), 0.01, stopped)
     assert (stopped.work / "checkpoint-8" / "manifest.json").is_file()
     steps: list[int] = []
     resumed = toy("t5")
@@ -219,41 +219,57 @@ def test_mixed_precision_keeps_the_weights_whole(tmp_path: Path) -> None:
     pairs = pairs_of(lm)
     half = context(tmp_path)
     object.__setattr__(half, "compute", COMPUTE.model_copy(update={"precision": "bf16"}))
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
     exact = run(toy("llama"), tmp_path / "exact")
-    rounded = train(lm, lengths, lambda draw: pairs[draw % ROWS], pairs_of(lm, 9)[:8], schedule(), 0.01, half)
+    rounded = train(lm, ROWS, lambda draw: pairs[draw % ROWS], pairs_of(lm, 9)[:8], schedule(), 0.01, half)
     assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.float32}
     losses = [[row["loss"] for row in training.losses] for training in (exact, rounded)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+LENGTH = st.integers(min_value=1, max_value=99)
+
+
 @given(
-    lengths=st.lists(st.integers(min_value=1, max_value=99), min_size=8, max_size=60),
+    lengths=st.lists(st.tuples(LENGTH, LENGTH), min_size=8, max_size=60),
     epochs=st.sampled_from([0.5, 1, 2, 2.5]),
     micro=st.sampled_from([None, 1, 2]),
     seed=st.integers(min_value=0, max_value=9),
 )
 def test_every_epoch_sees_every_row_once(
-    lengths: list[int], epochs: float, micro: int | None, seed: int
+    lengths: list[tuple[int, int]], epochs: float, micro: int | None, seed: int
 ) -> None:
     settings = schedule(epochs=epochs, micro_batch_size=micro)
-    plan = batches(lengths, settings, seed)
+    pairs = [(range(prompt), range(response)) for prompt, response in lengths]
+    plan = batches(sizes_of(pairs, settings), settings, seed)
     draws = [draw for part in plan for draw in part]
     assert len(set(draws)) == len(draws) == int(len(lengths) * epochs) // 4 * 4
     assert {len(part) for part in plan} <= {micro or 4}
     rows = [draw % len(lengths) for draw in draws]
     assert max(rows.count(row) for row in set(rows)) <= -(-len(draws) // len(lengths))
-    assert draws == [draw for part in batches(lengths, schedule(epochs=epochs), seed) for draw in part]
+    whole = schedule(epochs=epochs)
+    assert draws == [draw for part in batches(sizes_of(pairs, whole), whole, seed) for draw in part]
 
 
-def test_a_batch_holds_rows_of_similar_length_and_seeds_differ() -> None:
-    lengths = [1 + (37 * row) % 100 for row in range(400)]
-    plan = batches(lengths, schedule(), seed=0)
-    spread = [max(lengths[row] for row in part) - min(lengths[row] for row in part) for part in plan]
-    assert max(spread) <= 4
-    assert [lengths[part[0]] for part in plan] != sorted((lengths[part[0]] for part in plan), reverse=True)
-    assert plan != batches(lengths, schedule(), seed=1)
+def test_a_batch_holds_rows_of_similar_sizes_and_seeds_differ() -> None:
+    sizes = np.array([(1 + (37 * row) % 100, 1 + (53 * row) % 64) for row in range(800)])
+    plan = batches(sizes, schedule(), seed=0)
+    assert np.mean([np.ptp(sizes[part, 0]) for part in plan]) <= 4
+    both = batches(sizes, schedule(), seed=0, sort_responses=True)
+    assert np.mean([np.ptp(sizes[part], axis=0) for part in both]) <= 10
+    assert np.mean([np.ptp(sizes[part, 1]) for part in plan]) > 30
+    prompts = [sizes[part[0], 0] for part in plan]
+    assert prompts != sorted(prompts, reverse=True)
+    assert plan != batches(sizes, schedule(), seed=1)
+
+
+def test_an_epoch_may_have_sizes_of_its_own() -> None:
+    rows = 64
+    first = np.array([(1, 1), (50, 1)] * (rows // 2))
+    sizes = np.concatenate([first, first[::-1]])
+    plan = batches(sizes, schedule(epochs=2), seed=0)
+    assert {draw for part in plan for draw in part} == set(range(2 * rows))
+    assert all(len(set(sizes[part, 0])) == 1 for part in plan)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,16 @@ def distillation_loss(
     return alpha * soft_loss(logits, targets, temperature) + (1 - alpha) * hard
 
 
+def state_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Return Σ‖h_student − h_teacher‖² / Σ‖h_teacher‖² `[B]` over the tokens of `mask` `[B, T]`.
+
+    `student` and `teacher` are states `[B, T, D]`. The distance of hidden states that TinyBERT learns (arXiv
+    1909.10351 §3.1, without a map between widths), told in shares of the teacher's own size.
+    """
+    apart, size = ((each.square().sum(dim=-1) * mask).sum(dim=1) for each in (student - teacher, teacher))
+    return apart / size
+
+
 def _others(logprobs: Tensor, ids: Tensor) -> Tensor:
     """The log-probability `[N, 1]` of all tokens of `logprobs` `[N, V]` but `ids` `[N, k]`."""
     return logprobs.scatter(-1, ids, float("-inf")).logsumexp(dim=-1, keepdim=True)

@@ -23,7 +23,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from tasks.lm.model import LanguageModel
 from tasks.lm.respond import IGNORED, collate
 from tasks.lm.schedule import Schedule
-from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss
+from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context, ParamsError
 
 
@@ -49,8 +49,8 @@ def train_on_policy(
             f"distill.method: on_policy is for causal models, and {student.model.config.model_type} has an "
             "encoder; set it to soft"
         )
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    plan = batches(lengths, schedule, context.seed)
+    sizes = sizes_of(pairs, schedule)
+    plan = batches(sizes, schedule, context.seed)
     arguments = partial(
         _Arguments,
         lmbda=options["share"],
@@ -72,7 +72,7 @@ def train_on_policy(
             ),
         )
 
-    return fit(trainer, arguments, plan, lengths, schedule, learning_rate, context)  # type: ignore[arg-type]
+    return fit(trainer, arguments, plan, sizes, schedule, learning_rate, context)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tasks.compress.formats import fake_quantization
 from tasks.lm.model import LanguageModel
 from tasks.lm.respond import IGNORED, collate, model_inputs
 from tasks.lm.schedule import Schedule
-from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss
+from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context
 
 
@@ -37,8 +37,8 @@ def train_rounded(
     The held-out loss is that of the responses of `held_out`. Resumes, and raises, as `tasks.lm.train.train`.
     """
     teacher = deepcopy(lm.model).eval().requires_grad_(False)
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    plan = batches(lengths, schedule, context.seed)
+    sizes = sizes_of(pairs, schedule)
+    plan = batches(sizes, schedule, context.seed)
 
     def trainer(arguments: TrainingArguments) -> Trainer:
         return _RoundedTrainer(
@@ -51,7 +51,7 @@ def train_rounded(
         )
 
     with fake_quantization(lm.model, bits, group_size):
-        return fit(trainer, TrainingArguments, plan, lengths, schedule, learning_rate, context)
+        return fit(trainer, TrainingArguments, plan, sizes, schedule, learning_rate, context)
 
 
 def divergence(taught: Tensor, logits: Tensor, mask: Tensor) -> Tensor:

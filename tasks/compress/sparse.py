@@ -126,7 +126,7 @@ def recover(
     with _only_where(tuned, found.masks):
         training = train(
             tuned,
-            [len(prompt) + len(response) for prompt, response in pairs],
+            len(pairs),
             lambda draw: pairs[draw % len(pairs)],
             held_out,
             schedule,

@@ -129,6 +129,16 @@ def merged(lm: LanguageModel) -> LanguageModel:
     return LanguageModel(lm.model.merge_and_unload(), lm.tokenizer)
 
 
+def merged_to_answer(lm: LanguageModel) -> LanguageModel:
+    """The model with LoRA or IA3 merged, as both slow answers down, if its weights are float32: others would be
+    rounded anew. Any other model as it is.
+    """
+    mergeable = is_adapter(lm) and hasattr(lm.model.base_model, "merge_and_unload")
+    if not mergeable or any(parameter.dtype != torch.float32 for parameter in lm.model.parameters()):
+        return lm
+    return merged(lm)
+
+
 def parameter_counts(lm: LanguageModel) -> tuple[int, int]:
     """Trainable and total parameters; tied ones count once, two 4-bit ones for each byte that holds them."""
     trainable = sum(parameter.numel() for parameter in lm.model.parameters() if parameter.requires_grad)

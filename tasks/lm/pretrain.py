@@ -8,6 +8,7 @@ T5 can fill gaps but not write, and a small causal model spends its time on word
 
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,20 +52,34 @@ def documents(lm: LanguageModel, texts: Sequence[str], max_tokens: int) -> list[
     return [part for part in parts if len(part.ids) > 1]
 
 
-def cut(lm: LanguageModel, part: Part, where: float) -> Pair:
-    """A text as prompt and response, cut at `where` of it (from 0 to 1): between paragraphs if it has several.
+def cut(lm: LanguageModel, parts: Sequence[Part], places: Sequence[float]) -> list[Pair]:
+    """Texts as prompts and responses, each cut at its place, from 0 to 1: between paragraphs where it has any.
 
     The end of a paragraph is where a writer begins something new that all before it bears upon, so that is
     where continuing teaches most.
     """
-    if part.text is None:
-        return continuation(lm, part.ids, 1 + int(where * (len(part.ids) - 1)))
-    paragraphs = part.text.split(PARAGRAPH)
-    first = 1 + int(where * (len(paragraphs) - 1))
+    halves: list[str] = []
     between = "" if lm.is_encoder_decoder else PARAGRAPH  # a causal model reads on in the same text
-    halves = [PARAGRAPH.join(paragraphs[:first]) + between, PARAGRAPH.join(paragraphs[first:])]
-    prompt, response = lm.tokenizer(halves, add_special_tokens=False, verbose=False)["input_ids"]
-    return closed(lm, prompt, response)
+    for part, place in zip(parts, places, strict=True):
+        if part.text is not None:
+            paragraphs = part.text.split(PARAGRAPH)
+            first = 1 + int(place * (len(paragraphs) - 1))
+            halves += [PARAGRAPH.join(paragraphs[:first]) + between, PARAGRAPH.join(paragraphs[first:])]
+    encoded = lm.tokenizer(halves, add_special_tokens=False, verbose=False)["input_ids"] if halves else []
+    ids = iter(encoded)
+    return [
+        continuation(lm, part.ids, 1 + int(place * (len(part.ids) - 1)))
+        if part.text is None
+        else closed(lm, next(ids), next(ids))
+        for part, place in zip(parts, places, strict=True)
+    ]
+
+
+class Lessons(NamedTuple):
+    """How many rows there are to learn from, and the function from a draw (epoch * rows + row) to its pair."""
+
+    rows: int
+    pair: Callable[[int], Pair]
 
 
 def objective(
@@ -76,8 +91,8 @@ def objective(
     mean_span: float,
     prefix_share: float,
     seed: int,
-) -> tuple[list[int], Callable[[int], Pair]]:
-    """Lengths of the rows to train on, and the function from a draw (epoch * rows + row) to its pair.
+) -> Lessons:
+    """What there is to learn from texts; a longer one than `max_tokens` is read in parts.
 
     Every draw makes new cuts and gaps. Raises ParamsError when the tokenizer has too few sentinels.
     """
@@ -87,14 +102,21 @@ def objective(
     room = max_tokens if lm.is_encoder_decoder else max_tokens - 2  # a causal text has a start and an end token
     parts = documents(lm, texts, room)
 
-    def pair(draw: int) -> Pair:
-        part = parts[draw % len(parts)]
-        generator = np.random.default_rng((seed, draw))
-        if generator.random() < prefix_share:
-            return cut(lm, part, generator.random())
-        return rest(part, generator)
+    @lru_cache(maxsize=1)
+    def pairs(epoch: int) -> list[Pair]:  # of a whole epoch, since to encode texts one by one takes long
+        found: dict[int, Pair] = {}
+        places: dict[int, float] = {}
+        for row, part in enumerate(parts):
+            generator = np.random.default_rng((seed, epoch * len(parts) + row))
+            if generator.random() < prefix_share:
+                places[row] = generator.random()
+            else:
+                found[row] = rest(part, generator)
+        cuts = cut(lm, [parts[row] for row in places], list(places.values()))
+        found |= zip(places, cuts, strict=True)
+        return [found[row] for row in range(len(parts))]
 
-    return [len(part.ids) for part in parts], pair
+    return Lessons(len(parts), lambda draw: pairs(draw // len(parts))[draw % len(parts)])
 
 
 Task = Callable[[Part, np.random.Generator], Pair]

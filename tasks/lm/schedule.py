@@ -1,5 +1,6 @@
 """The settings of one training run, shared by the stages that train on prompts and responses."""
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -38,6 +39,11 @@ class Schedule(Section):
                 f"checkpoint_every {self.checkpoint_every} is not a multiple of log_every {self.log_every}"
             )
         return self
+
+    @property
+    def whole_epochs(self) -> int:
+        """Epochs that are begun."""
+        return math.ceil(self.epochs)
 
     @property
     def rows_at_once(self) -> int:

@@ -6,12 +6,11 @@ resumed; a stop on request that saves first. On a CPU an interrupted run ends wi
 uninterrupted one.
 """
 
-import math
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -32,11 +32,15 @@ from tasks.stage import Context, ParamsError, checkpoints
 from tasks.stage.progress import Bar
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response
+Sizes = NDArray[np.int64]  # [draws, 2], the tokens of prompt and response of every draw (epoch * rows + row)
 Row = dict[str, float]
 
 LOSS_COLUMNS = ("step", "loss", "grad_norm", "learning_rate")
 EVALUATION_COLUMNS = ("step", "eval_loss")
-BATCHES_PER_WINDOW = 64  # rows are sorted by length within so many batches, which keeps most of the shuffling
+# Rows are sorted by length within so many batches, which keeps most of the shuffling: by their prompts, and,
+# where responses are sorted too, by these in each strip.
+BATCHES_PER_WINDOW = 64
+BATCHES_PER_STRIP = 8
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,23 @@ class Training:
 
 def train(
     lm: LanguageModel,
-    lengths: Sequence[int],
+    rows: int,
     pair: Callable[[int], Pair],
     held_out: Sequence[Pair],
     schedule: Schedule,
     learning_rate: float,
     context: Context,
+    *,
+    sort_responses: bool = False,
 ) -> Training:
     """Train the parameters of `lm` that require gradients, in place.
 
-    Row r of epoch e is `pair(e * len(lengths) + r)`, about `lengths[r]` tokens long. Resumes from the newest
-    whole checkpoint in `context.work`. Raises ParamsError when the rows do not fill one batch, and
-    Interrupted once a checkpoint was written on request.
+    Row r of epoch e is `pair(e * rows + r)`; `sort_responses` as of `batches`. Resumes from the newest whole
+    checkpoint in `context.work`. Raises ParamsError when the rows do not fill one batch, and Interrupted once a
+    checkpoint was written on request.
     """
-    plan = batches(lengths, schedule, context.seed)
+    sizes = _sizes(pair(draw) for draw in range(schedule.whole_epochs * rows))
+    plan = batches(sizes, schedule, context.seed, sort_responses=sort_responses)
 
     def trainer(arguments: TrainingArguments) -> Trainer:
         return _ResponseTrainer(
@@ -78,31 +85,31 @@ def train(
             data_collator=lambda items: _trainer_inputs(lm, items[0]),
         )
 
-    return fit(trainer, TrainingArguments, plan, lengths, schedule, learning_rate, context)
+    return fit(trainer, TrainingArguments, plan, sizes, schedule, learning_rate, context)
 
 
 def fit(
     trainer_with: Callable[[Any], Trainer],
     arguments: type[TrainingArguments],
     plan: Sequence[Sequence[int]],
-    lengths: Sequence[int],
+    sizes: Sizes,
     schedule: Schedule,
     learning_rate: float,
     context: Context,
 ) -> Training:
     """Train with the Trainer that `trainer_with` makes of its `arguments`; each of its items is a micro-batch.
 
-    `plan` are the micro-batches (of `batches`), `lengths` the tokens of each row. Resumes, and raises, as
-    `train`.
+    `plan` are the micro-batches, which `batches` made of the `sizes`. Resumes, and raises, as `train`.
     """
     disable_progress_bar()
     steps = len(plan) * schedule.rows_at_once // schedule.batch_size
     if steps == 0:
         raise ParamsError(
-            f"{context.name}: {len(lengths)} examples x {schedule.epochs} epochs do not fill one batch "
+            f"{context.name}: {len(sizes) // schedule.whole_epochs} examples x {schedule.epochs} epochs do not "
+            f"fill one batch "
             f"of {schedule.batch_size}; lower batch_size or raise epochs"
         )
-    step_tokens = [sum(lengths[draw % len(lengths)] for draw in step) for step in _steps_of(plan, steps)]
+    step_tokens = [int(sizes[step].sum()) for step in _steps_of(plan, steps)]
     start = checkpoints.newest_verified(context.work)
     trainer = trainer_with(_arguments(arguments, schedule, learning_rate, steps, context))
     trainer.remove_callback(PrinterCallback)
@@ -132,23 +139,44 @@ def fit(
     )
 
 
-def batches(lengths: Sequence[int], schedule: Schedule, seed: int) -> list[list[int]]:
+def sizes_of(pairs: Sequence[Pair], schedule: Schedule) -> Sizes:
+    """The sizes of every draw where all epochs see the same pairs."""
+    return np.tile(_sizes(pairs), (schedule.whole_epochs, 1))
+
+
+def batches(sizes: Sizes, schedule: Schedule, seed: int, *, sort_responses: bool = False) -> list[list[int]]:
     """Micro-batches of draws (epoch * rows + row), in the order they are trained on.
 
-    Each epoch sees every row once, in a new order; rows of similar length share a batch. What does not fill a
-    last batch is left out. The micro-batch size changes how a batch is cut, never what is in it.
+    Each epoch sees every row once, in a new order; rows with prompts of similar length share a batch. With
+    `sort_responses` their responses are similar too, which saves padding where lengths vary much, but parts
+    the tasks of a mixture from each other: batches of one task each teach less. What does not fill a last batch
+    is left out. The micro-batch size changes how a batch is cut, never what is in it.
     """
     generator = np.random.default_rng(seed)
-    rows, size = len(lengths), schedule.batch_size
-    epochs = [generator.permutation(rows) + epoch * rows for epoch in range(math.ceil(schedule.epochs))]
+    rows, size = len(sizes) // schedule.whole_epochs, schedule.batch_size
+    epochs = [generator.permutation(rows) + epoch * rows for epoch in range(schedule.whole_epochs)]
     draws = np.concatenate(epochs)[: int(rows * schedule.epochs) // size * size]
-    length_of = np.asarray(lengths)
     planned: list[list[int]] = []
-    for start in range(0, len(draws), size * BATCHES_PER_WINDOW):
-        window = draws[start : start + size * BATCHES_PER_WINDOW]
-        by_length = window[np.argsort(-length_of[window % rows], kind="stable")].reshape(-1, size)
-        planned += generator.permutation(by_length).reshape(-1, schedule.rows_at_once).tolist()
+    for window in _cut(draws, size * BATCHES_PER_WINDOW):
+        ordered = _longest_first(window, sizes[:, 0])
+        if sort_responses:
+            strips = _cut(ordered, size * BATCHES_PER_STRIP)
+            ordered = np.concatenate([_longest_first(strip, sizes[:, 1]) for strip in strips])
+        planned += generator.permutation(ordered.reshape(-1, size)).reshape(-1, schedule.rows_at_once).tolist()
     return planned
+
+
+def _sizes(pairs: Iterable[Pair]) -> Sizes:
+    return np.array([(len(prompt), len(response)) for prompt, response in pairs], dtype=np.int64).reshape(-1, 2)
+
+
+def _cut(draws: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [draws[start : start + size] for start in range(0, len(draws), size)]
+
+
+def _longest_first(draws: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = draws[np.argsort(-lengths[draws], kind="stable")]
+    return found
 
 
 def mean_loss(lm: LanguageModel, pairs: Sequence[Pair], batch_size: int) -> float:

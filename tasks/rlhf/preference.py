@@ -19,7 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from tasks.data.records import Comparisons
 from tasks.lm.classifier import Classifier, Text
 from tasks.lm.schedule import Schedule
-from tasks.lm.train import HeldOutLoss, Training, batches, fit
+from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, sizes_of
 from tasks.rlhf.losses import preference_loss
 from tasks.stage import Context
 
@@ -33,9 +33,10 @@ class Element:
     texts: tuple[Text, ...]
     pairs: tuple[tuple[int, int], ...]
 
-    def __len__(self) -> int:
-        """Tokens, the prompt counted once."""
-        return len(self.texts[0].prompt) + sum(len(text.answer) for text in self.texts)
+    @property
+    def read(self) -> Pair:
+        """Token ids of the prompt, and of all completions one behind the other."""
+        return self.texts[0].prompt, [token for text in self.texts for token in text.answer]
 
 
 def elements(classifier: Classifier, comparisons: Sequence[Comparisons]) -> list[Element]:
@@ -59,8 +60,8 @@ def train_on_preferences(
 
     `language_loss` is the weight of the loss of the preferred answers' tokens beside that of the pairs.
     """
-    lengths = [len(row) for row in rows]
-    plan = batches(lengths, schedule, context.seed)
+    sizes = sizes_of([row.read for row in rows], schedule)
+    plan = batches(sizes, schedule, context.seed, sort_responses=True)
 
     def trainer(arguments: _Arguments) -> Trainer:
         return _PreferenceTrainer(
@@ -76,7 +77,7 @@ def train_on_preferences(
             ),
         )
 
-    return fit(trainer, _Arguments, plan, lengths, schedule, learning_rate, context)
+    return fit(trainer, _Arguments, plan, sizes, schedule, learning_rate, context)
 
 
 class Losses(NamedTuple):
