@@ -20,7 +20,7 @@ from flows import pipeline
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
-from tasks.stage import tracking
+from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
 from tasks.stage.recorder import Recorder, Status
@@ -174,6 +174,8 @@ class Run:
         ids = {"LIFECYCLE_FLOW_RUN_ID": self.flow_run_id, "LIFECYCLE_ATTEMPT": str(result.attempts)}
         if self.parent is not None:
             ids["LIFECYCLE_PARENT_RUN_ID"] = self.parent.id
+        if not has_gpu():
+            ids[warm.VARIABLE] = str(os.getpid())
         return ids
 
     def _record(self, name: str, parent: Recorder, result: Result) -> None:

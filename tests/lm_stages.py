@@ -14,6 +14,7 @@ import yaml
 from lm_toys import ARCHITECTURE, OPTIONS, SCHEDULE, texts
 
 from tasks.data.synthetic import examples as synthetic
+from tasks.stage import warm
 
 ROOT = Path(__file__).parents[1]
 RATES = {"full": 0.01, "lora": 0.02, "prompt_tuning": 1.0, "prefix_tuning": 2.0, "ia3": 0.1, "bitfit": 0.05}
@@ -68,7 +69,9 @@ class Workplace:
         (self.root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
 
     def start(self, stage: str, **extra: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", "PYTHONPATH": str(ROOT), **extra}
+        """As a run starts it, by the process of this test session that has the libraries in memory."""
+        usual = {"LIFECYCLE_TRACKING": "off", "PYTHONPATH": str(ROOT), warm.VARIABLE: str(os.getpid())}
+        environment = {**os.environ, **usual, **extra}
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", f"tasks.{stage}"], cwd=self.root, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

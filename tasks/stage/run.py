@@ -1,7 +1,8 @@
 """The entry point of a stage: `python -m tasks.STAGE` reads params, takes the lock, records, runs, exits.
 
 What a runner may set in the environment, all optional: LIFECYCLE_PARENT_RUN_ID (the recording or MLflow run of
-the pipeline), LIFECYCLE_FLOW_RUN_ID (Prefect's id), LIFECYCLE_ATTEMPT (1, 2, ...), LIFECYCLE_TRACKING=off.
+the pipeline), LIFECYCLE_FLOW_RUN_ID (Prefect's id), LIFECYCLE_ATTEMPT (1, 2, ...), LIFECYCLE_TRACKING=off,
+LIFECYCLE_WARM (tasks/stage/warm.py).
 """
 
 import os
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.stage import checkpoints, starter
+from tasks.stage import checkpoints, starter, warm
 from tasks.stage.context import SECONDS_TO_SAVE, Context, Stop
 from tasks.stage.errors import Interrupted, TryAgain, exit_code, one_line, say, told
 from tasks.stage.files import write_json
@@ -46,7 +47,8 @@ def run_stage(name: str, params_class: type[AnyParams], body: Body[AnyParams], *
     `body` gets the validated section of params.yaml and a Context, and returns the metrics. With `torch` false
     the stage computes no tensors and torch is not imported. However it ends, `.work/NAME/last.json` says how.
     """
-    sys.exit(_Execution(name).run(params_class, body, torch))
+    code = warm.stand_in() if torch else None
+    sys.exit(_Execution(name).run(params_class, body, torch) if code is None else code)
 
 
 @dataclass

@@ -1,0 +1,172 @@
+"""Stages forked from a process with the libraries in memory: for whoever starts one, nothing else differs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from toy import until
+
+from tasks.stage import warm
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks of a process with torch are for Linux")
+STAGE = """
+import json, os, signal, sys, time
+from pathlib import Path
+from tasks.stage import DataError, Section, run_stage
+
+class Params(Section):
+    does: str
+
+def body(params, context):
+    import torch
+    print(json.dumps({
+        "pid": os.getpid(), "parent": Path(f"/proc/{os.getppid()}/cmdline").read_text(), "folder": os.getcwd(),
+        "word": os.environ.get("WORD"), "threads": torch.get_num_threads(), "path": sys.path[0],
+        "argv": len(sys.argv),
+    }), flush=True)
+    if params.does == "data":
+        raise DataError("rows.jsonl:3: no output")
+    if params.does == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if params.does == "wait":
+        Path("begun").touch()
+        with context.save_on_stop():
+            while not context.stopping:
+                time.sleep(0.01)
+            Path("saved").touch()
+    return {"answer": VERSION}
+
+if __name__ == "__main__":
+    run_stage("toy", Params, body)
+"""
+SHARED = "seed: 5\ncompute: {device: cpu, precision: auto, threads: 1}\n"
+SECONDS = 60
+
+
+class Folder:
+    """A folder with a stage in it, which a host of this test session starts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.write(1)
+        (path / "dvc.yaml").write_text("stages: {toy: {cmd: python -m toy, params: [seed, compute, toy]}}")
+
+    def write(self, version: int) -> None:
+        (self.path / "toy.py").write_text(STAGE.replace("VERSION", str(version)))
+
+    def start(self, does: str, **extra: str) -> subprocess.Popen[str]:
+        (self.path / "params.yaml").write_text(f"{SHARED}toy: {{does: {does}}}\n")
+        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(os.getpid()), **extra}
+        command = [sys.executable, "-W", "ignore", "-m", "toy"]
+        return subprocess.Popen(
+            command, cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def run(self, does: str, code: int = 0, **extra: str) -> tuple[dict[str, object], str]:
+        """What it found, and what it said."""
+        process = self.start(does, **extra)
+        out, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == code, said
+        return json.loads(out), said
+
+    def waiting(self) -> tuple[subprocess.Popen[str], psutil.Process]:
+        """One that waits to be stopped, and the process that works for it."""
+        process = self.start("wait")
+        until((self.path / "begun").exists, "its beginning")
+        return process, psutil.Process(int((self.path / ".work/toy/lock").read_text()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_it_is_forked_and_finds_what_it_would_find_by_itself(folder: Folder) -> None:
+    found, _ = folder.run("good", WORD="a word")
+    alone, _ = folder.run("good", WORD="a word", **{warm.VARIABLE: ""})
+    assert "tasks.stage.warm" in str(found.pop("parent"))
+    assert "tasks.stage.warm" not in str(alone.pop("parent"))
+    assert found.pop("pid") != alone.pop("pid")
+    assert found == alone
+    assert found["word"] == "a word"
+    assert json.loads((folder.path / "metrics/toy.json").read_text()) == {"answer": 1}
+
+
+def test_code_that_changed_since_is_the_code_that_runs(folder: Folder) -> None:
+    folder.run("good")
+    folder.write(2)
+    folder.run("good")
+    assert json.loads((folder.path / "metrics/toy.json").read_text()) == {"answer": 2}
+
+
+def test_it_ends_as_its_child_ends(folder: Folder) -> None:
+    _, said = folder.run("data", 2)
+    assert "toy: rows.jsonl:3: no output" in said
+    folder.run("kill", -signal.SIGKILL)
+
+
+def test_a_request_to_stop_reaches_the_child(folder: Folder) -> None:
+    process, child = folder.waiting()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert (folder.path / "saved").exists()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_killed_it_takes_the_child_along(folder: Folder) -> None:
+    process, child = folder.waiting()
+    process.kill()
+    process.communicate()
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "its end")
+    assert not (folder.path / "saved").exists()
+
+
+def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder) -> None:
+    starter = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run([{sys.executable!r}, '-m', 'toy'])"],
+        cwd=folder.path,
+        env={**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(os.getpid())},
+    )
+    (folder.path / "params.yaml").write_text(f"{SHARED}toy: {{does: wait}}\n")
+    until((folder.path / "begun").exists, "its beginning")
+    child = psutil.Process(int((folder.path / ".work/toy/lock").read_text()))
+    starter.kill()
+    starter.wait()
+    until((folder.path / "saved").exists, "its saving")
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "its end")
+
+
+def test_an_interpreter_that_is_set_otherwise_starts_by_itself(folder: Folder, tmp_path: Path) -> None:
+    folder.run("good")
+    found, _ = folder.run("good", PYTHONPATH=str(tmp_path))
+    assert "tasks.stage.warm" not in str(found["parent"])
+
+
+@pytest.fixture
+def runner() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_host_ends_with_the_runner(folder: Folder, runner: subprocess.Popen[bytes]) -> None:
+    folder.run("good", **{warm.VARIABLE: str(runner.pid)})
+    hosts = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] and process.info["cmdline"][-1:] == [str(runner.pid)]
+    ]
+    assert len(hosts) == 1
+    runner.kill()
+    runner.wait()
+    until(lambda: not hosts[0].is_running() or hosts[0].status() == psutil.STATUS_ZOMBIE, "its end")
+    again, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})
+    assert "tasks.stage.warm" not in str(again["parent"])
