@@ -48,7 +48,8 @@ class Run:
     """The stages of one run in graph order, and a `Result` for each.
 
     `changed` says why a stage would run, `forced` names those that run in any case. At most `jobs` stages run
-    side by side, and besides them one that asks for a GPU, where there is one.
+    side by side, and besides them one that asks for a GPU: without one it has the cores instead, which two
+    stages would fight for.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Run:
         self.flow_run_id = ""
         self.due = _with_descendants(stages, {*forced, *(name for name in stages if changed[name])})
         self._cpu = threading.BoundedSemaphore(jobs)
-        self._gpu = threading.BoundedSemaphore(1) if has_gpu() else self._cpu
+        self._gpu = threading.BoundedSemaphore(1)
 
     @property
     def title(self) -> str:
