@@ -40,9 +40,9 @@ class Teacher(Section):
 class Student(Section):
     """The size of the student; null: as the teacher.
 
-    It starts with layers of the `teacher` and with those of its heads and channels that matter most for the first
-    `calibration` examples, or with random weights (`scratch`), where its `width` may differ too. `encoder` layers
-    count only where there is an encoder.
+    It starts with layers of the `teacher`, and with the heads and channels in them that matter most for the
+    first `calibration` examples; or with random weights (`scratch`), where its `width` may differ too.
+    `encoder` layers count only where there is an encoder.
     """
 
     start: Literal["teacher", "scratch"]
