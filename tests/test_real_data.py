@@ -53,7 +53,8 @@ def metrics(
     shutil.copytree(real_data / "dialogsum", root / "inputs" / "dialogsum")
     change(root, ["dialogsum"], SMALL)
     values = read_yaml(root / "params.yaml")
-    del values["evaluate"]["variants"]["ppo"]  # as far as the fine-tuned model
+    for later in ("ppo", "distill", "prune", "quantize"):  # as far as the fine-tuned model
+        del values["evaluate"]["variants"][later]
     values["evaluate"]["alignment"] = None
     shared = read_shared(values)
     examples, text, models = root / "data" / "examples", root / "data" / "text", root / "models"

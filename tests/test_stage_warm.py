@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -50,10 +51,10 @@ SECONDS = 60
 
 
 class Folder:
-    """A folder with a stage in it, which a host of this test session starts."""
+    """A folder with a stage in it, which the host of `runner` starts."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, runner: int) -> None:
+        self.path, self.runner = path, runner
         self.write(1)
         (path / "dvc.yaml").write_text("stages: {toy: {cmd: python -m toy, params: [seed, compute, toy]}}")
 
@@ -62,7 +63,7 @@ class Folder:
 
     def start(self, does: str, **extra: str) -> subprocess.Popen[str]:
         (self.path / "params.yaml").write_text(f"{SHARED}toy: {{does: {does}}}\n")
-        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(os.getpid()), **extra}
+        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(self.runner), **extra}
         command = [sys.executable, "-W", "ignore", "-m", "toy"]
         return subprocess.Popen(
             command, cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -82,9 +83,23 @@ class Folder:
         return process, psutil.Process(int((self.path / ".work/toy/lock").read_text()))
 
 
+@contextmanager
+def runs() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[int]:
+    with runs() as process:
+        yield process.pid
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path)
+def folder(tmp_path: Path, runner: int) -> Folder:
+    return Folder(tmp_path, runner)
 
 
 def test_it_is_forked_and_finds_what_it_would_find_by_itself(folder: Folder) -> None:
@@ -132,7 +147,7 @@ def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder) -> No
     starter = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run([{sys.executable!r}, '-m', 'toy'])"],
         cwd=folder.path,
-        env={**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(os.getpid())},
+        env={**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(folder.runner)},
     )
     (folder.path / "params.yaml").write_text(f"{SHARED}toy: {{does: wait}}\n")
     until((folder.path / "begun").exists, "its beginning")
@@ -149,24 +164,14 @@ def test_an_interpreter_that_is_set_otherwise_starts_by_itself(folder: Folder, t
     assert "tasks.stage.warm" not in str(found["parent"])
 
 
-@pytest.fixture
-def runner() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_the_host_ends_with_the_runner(folder: Folder, runner: subprocess.Popen[bytes]) -> None:
-    folder.run("good", **{warm.VARIABLE: str(runner.pid)})
-    hosts = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] and process.info["cmdline"][-1:] == [str(runner.pid)]
-    ]
-    assert len(hosts) == 1
-    runner.kill()
-    runner.wait()
-    until(lambda: not hosts[0].is_running() or hosts[0].status() == psutil.STATUS_ZOMBIE, "its end")
+def test_the_host_ends_with_the_runner(folder: Folder) -> None:
+    with runs() as runner:
+        folder.run("good", **{warm.VARIABLE: str(runner.pid)})
+        (host,) = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if process.info["cmdline"] and process.info["cmdline"][-1:] == [str(runner.pid)]
+        ]
+    until(lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE, "its end")
     again, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})
     assert "tasks.stage.warm" not in str(again["parent"])
