@@ -1,5 +1,6 @@
 """The graph of the stages → inline SVG, as text, in layers by depth: across a wide page, down a narrow one."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Literal, NamedTuple
@@ -124,9 +125,9 @@ def _rows(box: Box, width: float) -> list[tuple[str, str]]:
 
 
 def _broken(name: str, letters: int) -> list[str]:
-    """A dotted name in lines of at most so many letters, broken behind dots; a longer part is cut."""
+    """A name in lines of at most so many letters, broken behind `.` and `_`; a longer part is cut."""
     lines = [""]
-    for part in name.replace(".", ".\0").split("\0"):
+    for part in re.findall(r"[^._]*[._]|[^._]+", name):
         if lines[-1] and len(lines[-1]) + len(part) > letters:
             lines.append("")
         lines[-1] += part
