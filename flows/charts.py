@@ -168,7 +168,7 @@ def scatter(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> str:
     if len(front) > 1:
         path = " ".join(f"{to_x(dots[index].x):.1f},{to_y(dots[index].y):.1f}" for index in front)
         body.append(f'<polyline class="front" points="{path}"/>')
-    for index, dot in enumerate(dots):
+    for index, dot in sorted(enumerate(dots), key=lambda entry: entry[0] in front):  # the front on top
         x, y = to_x(dot.x), to_y(dot.y)
         if dot.low is not None and dot.high is not None and _finite(dot.low, dot.high):
             body.append(
