@@ -40,8 +40,9 @@ class Teacher(Section):
 class Student(Section):
     """The size of the student; null: as the teacher.
 
-    It starts with layers, heads and channels of the `teacher`, or with random weights (`scratch`), where its
-    `width` may differ too. `encoder` layers count only where there is an encoder.
+    It starts with layers of the `teacher`, and with the heads and channels in them that matter most for the
+    first `calibration` examples; or with random weights (`scratch`), where its `width` may differ too.
+    `encoder` layers count only where there is an encoder.
     """
 
     start: Literal["teacher", "scratch"]
@@ -50,6 +51,7 @@ class Student(Section):
     decoder: PositiveInt | None
     heads: PositiveInt | None
     channels: PositiveInt | None
+    calibration: PositiveInt
 
 
 class Soft(Section):
@@ -231,10 +233,11 @@ def _lessons(
     return _Lessons(pairs, from_references, held_out_pairs, foreseen)
 
 
-def _student(params: Params, teacher: "LanguageModel", seed: int) -> "LanguageModel":
+def _student(params: Params, teacher: "LanguageModel", pairs: "Sequence[Pair]", seed: int) -> "LanguageModel":
     import torch
 
     from tasks.compress.shrink import fewer_units, from_scratch
+    from tasks.compress.sparse import input_norms
     from tasks.lm.structure import with_layers
 
     size = params.student
@@ -246,21 +249,22 @@ def _student(params: Params, teacher: "LanguageModel", seed: int) -> "LanguageMo
                 f"distill.soft.states compares states of one width, but distill.student.width is {size.width} "
                 f"and {params.teacher.source} is {width} wide; set soft.states to 0, or student.width to null"
             )
-        return from_scratch(teacher, **size.model_dump(exclude={"start"}))
+        return from_scratch(teacher, **size.model_dump(exclude={"start", "calibration"}))
     if size.width not in (None, width):
         raise ParamsError(
             f"distill.student.width is {size.width}, but the layers of {params.teacher.source} are "
             f"{width} wide; set it to null, or start from scratch"
         )
     shallow = with_layers(teacher, size.encoder, size.decoder)
-    return fewer_units(shallow, heads=size.heads, channels=size.channels)
+    norms = input_norms(shallow, pairs[: size.calibration])
+    return fewer_units(shallow, heads=size.heads, channels=size.channels, norms=norms)
 
 
 def _taught(
     params: Params, teacher: "LanguageModel", lessons: _Lessons, schedule: Schedule, context: Context
 ) -> "tuple[LanguageModel, Training]":
     """A student that learnt with the teacher."""
-    student = _student(params, teacher, context.seed)
+    student = _student(params, teacher, lessons.pairs, context.seed)
     if lessons.foreseen is None:
         from tasks.compress.on_policy import train_on_policy
 
@@ -298,7 +302,7 @@ def _untaught(
     """A student, of the same weights at the start, that learnt from references alone."""
     from tasks.lm.train import train
 
-    student = _student(params, teacher, context.seed)
+    student = _student(params, teacher, lessons.pairs, context.seed)
     pairs = lessons.references
     training = train(
         student,

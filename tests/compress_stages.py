@@ -15,6 +15,7 @@ STUDENT: dict[str, Any] = {
     "decoder": 1,
     "heads": 2,
     "channels": 32,
+    "calibration": 6,
 }
 
 
