@@ -1,4 +1,4 @@
-"""The command `lifecycle`: run, look, verify, upload, ui, register, promote,
+"""The command `lifecycle`: run, look, report, verify, upload, ui, register, promote,
 lineage, reproduce, serve.
 
 `lifecycle COMMAND --help` has examples.
@@ -84,6 +84,15 @@ def status(as_json: AsJson = False) -> None:
             _write_json({"stages": report})
         else:
             found.show(report)
+
+
+@app.command(epilog="Example:  lifecycle report && xdg-open reports/lifecycle.html")
+def report() -> None:
+    """Write reports/lifecycle.html: the whole pipeline, its numbers and samples, as one page to look at."""
+    with _workspace() as root:
+        from flows import page
+
+        sys.stdout.write(f"{page.write(root).relative_to(root)}\n")
 
 
 @app.command(epilog="Example:  lifecycle verify || echo 'see above how to mend it'")
@@ -279,9 +288,26 @@ def _carry_out(run: "Run", quiet: bool) -> int:
     if not quiet:
         display.show_result(run, Console())
     display.show_failures(run, Console(stderr=True))
+    if run.code != INTERRUPTED:
+        _write_page(run.root, quiet)
     if not recorded:
         _leave(run.code)
     return run.code
+
+
+def _write_page(root: Path, quiet: bool) -> None:
+    """The page of `lifecycle report`: whatever goes wrong with it, the run is what it was."""
+    from tasks.stage.errors import one_line, say
+
+    try:
+        from flows import page
+
+        path = page.write(root).relative_to(root)
+    except Exception as error:
+        say(f"warning: the page reports/lifecycle.html was not written: {one_line(error)[:160]}")
+    else:
+        if not quiet:
+            sys.stdout.write(f"\nto look at: {path}\n")
 
 
 @contextmanager

@@ -65,11 +65,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def _figures(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """`names` (dotted) among the metrics, or the first few numbers."""
+def figures(found: Mapping[str, Any], names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(name, value) of `names` (dotted) among the metrics, or of the first few numbers."""
     flat = _flat(found)
     shown = names or [name for name in flat if "." not in name][:METRICS_SHOWN]
-    return " ".join(f"{name}={_number(flat[name])}" for name in shown if name in flat)
+    return [(name, _number(flat[name])) for name in shown if name in flat]
+
+
+def _figures(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    return " ".join(f"{name}={value}" for name, value in figures(found, names))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:

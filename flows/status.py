@@ -1,5 +1,6 @@
 """What `lifecycle status` says: of each stage whether it is up to date, and why not."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ COLOURS = {
 }
 
 
-def look(root: Path) -> list[dict[str, Any]]:
+def look(root: Path, graph: Mapping[str, pipeline.Stage] | None = None) -> list[dict[str, Any]]:
     """One entry a stage, in graph order: state (up to date, changed, parent changed, never run, running), why,
-    progress, outputs with their hashes, the last run and how it ended."""
-    graph = pipeline.read_graph(root)
+    progress, outputs with their hashes, the last run and how it ended. `graph` is read unless it is given."""
+    graph = pipeline.read_graph(root) if graph is None else graph
     changes = pipeline.changes(root, list(graph))
     outputs = pipeline.recorded_outputs(root)
     entries: list[dict[str, Any]] = []

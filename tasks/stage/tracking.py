@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +131,35 @@ def _start_event(folder: Path) -> dict[str, Any]:
         line = file.readline()
     event: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
     return event
+
+
+# --- what others may ask
+
+
+def known(ids: Iterable[str]) -> dict[str, tuple[dict[str, float], dict[str, str]]]:
+    """(last metrics, tags) of each of these MLflow runs that the store has, by id.
+
+    Raises whatever MLflow raises for a store that does not answer. A local store is not made for this.
+    """
+    if (
+        not os.environ.get("MLFLOW_TRACKING_URI")
+        and not Path(DEFAULT_STORE.removeprefix("sqlite:///")).exists()
+    ):
+        return {}
+    with _quiet():
+        client = _client()
+        from mlflow.exceptions import MlflowException
+
+        found = {}
+        for run_id in ids:
+            try:
+                data = client.get_run(run_id).data
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            else:
+                found[run_id] = (dict(data.metrics), dict(data.tags))
+        return found
 
 
 # --- one run
