@@ -125,6 +125,17 @@ def _scores_of(metrics: Mapping[str, Any], rows: Mapping[str, str]) -> str:
     return markdown(("Model", *SCORES.values()), lines)
 
 
+def variants_speed_table(result: Mapping[str, Any]) -> str:
+    """Tokens a second of each model, and how many times as many as the dense one gives."""
+    variants = result["variants"]
+    sizes = sorted(variants["dense"], key=int)
+    rows = [
+        (name, *(f"{found[size]['tokens_per_second']:,.0f} ({found[size]['ratio']:.2f}×)" for size in sizes))
+        for name, found in sorted(variants.items(), key=lambda entry: entry[0] != "dense")
+    ]
+    return markdown(("Tokens a second", *(f"batch {size}" for size in sizes)), rows)
+
+
 def distill_table(metrics: Mapping[str, Any]) -> str:
     """The student beside its teacher and the two controls."""
     return _scores_of(
@@ -172,6 +183,7 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "prune": (Path("metrics/prune.json"), prune_table),
     "quantize": (Path("metrics/quantize.json"), quantize_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
+    "variants_speed": (Path("benchmarks/results/variants_speed.json"), variants_speed_table),
     "parity_trl": (Path("benchmarks/results/parity_trl.json"), parity_table),
     "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), printed_table),
     "ppo_vs_trl": (Path("benchmarks/results/ppo_vs_trl.json"), printed_table),
