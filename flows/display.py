@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from flows import pipeline
-from flows.report import as_rows, variant_rows
-from flows.run import GOOD, Result, Run, metrics
+from flows.report import as_rows, variants_of
+from flows.run import GOOD, Result, Run
 
 SECONDS_BETWEEN_LINES = 10.0
 LOG_LINES = 15
@@ -139,7 +139,7 @@ def show_result(run: Run, console: Console) -> None:
             row["stage"], f"[{style}]{row['state']}[/]" if style else row["state"], seconds, row["result"]
         )
     console.print(table)
-    if variants := variant_rows(metrics(run.root, "evaluate")):
+    if variants := variants_of(run):
         console.print()
         console.print(variants_table(variants))
 

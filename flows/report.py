@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flows.run import Run, metrics
+from flows.run import GOOD, Run, metrics
 
 VARIANT_COLUMNS = {
     "rougeL": "ROUGE-L",
@@ -51,10 +51,16 @@ def variant_rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def variants_of(run: Run) -> list[dict[str, str]]:
+    """The rows of `variant_rows`; none when the run left them as they were before it, for other models."""
+    evaluated = run.results.get("evaluate")
+    return variant_rows(metrics(run.root, "evaluate")) if evaluated and evaluated.state in GOOD else []
+
+
 def as_markdown(run: Run) -> str:
     """The run in short, as markdown."""
     parts = [f"# {run.title}", _table(as_rows(run))]
-    if variants := variant_rows(metrics(run.root, "evaluate")):
+    if variants := variants_of(run):
         parts.append(_table(variants))
     return "\n\n".join(parts) + "\n"
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from toy import Toy, build, until
 
-from flows import pipeline, processes, run, server
+from flows import pipeline, processes, report, run, server
 
 DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
 
@@ -143,6 +143,19 @@ def test_stages_that_ask_for_a_gpu_run_one_at_a_time(tmp_path: Path, monkeypatch
     with ThreadPoolExecutor(2) as threads:
         assert [result.state for result in threads.map(toy.settle, "ab")] == ["done", "done"]
     assert most == [1, 1]
+
+
+@pytest.mark.parametrize(("state", "shown"), [("done", 1), ("cached", 1), ("stopped", 0), (None, 0)])
+def test_scores_of_variants_are_those_of_this_run(state: Any, shown: int, tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps({"base": {"rougeL": 0.5}}))
+    meta = pipeline.Meta(**pipeline.USUAL_META)
+    names = ["a"] if state is None else ["a", "evaluate"]
+    stages = {name: pipeline.Stage(name, name, (), (), meta) for name in names}
+    toy = run.Run(tmp_path, stages, dict.fromkeys(names, ()), frozenset(), jobs=1)
+    if state is not None:
+        toy.results["evaluate"].state = state
+    assert len(report.variants_of(toy)) == shown
 
 
 def test_force_runs_all_again_and_leaves_the_same_lock(tmp_path: Path, served: str) -> None:
