@@ -58,8 +58,8 @@ class Soft(Section):
     """The weight `alpha` of the teacher's distribution at `temperature`, beside the labels, and how many of its
     likeliest tokens are kept by name (null: all).
 
-    `states` is the weight of the distance between the hidden states of student and teacher, which must be
-    equally wide: what an encoder makes of the prompt, or a causal model of the whole text. 0: not compared.
+    `states` is the weight of the distance between the last hidden states of student and teacher, which must be
+    equally wide: of what they make of the prompt, and of what they predict the response from. 0: not compared.
     """
 
     alpha: Annotated[float, Field(gt=0, le=1)]
@@ -288,7 +288,7 @@ def _taught(
         lessons.pairs,
         lessons.foreseen,
         lessons.held_out,
-        Weights(params.soft.alpha, params.soft.temperature, params.soft.states),
+        Weights(**params.soft.model_dump(exclude={"top_k"})),
         schedule,
         params.learning_rate,
         context,

@@ -145,7 +145,8 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_response_tokens(
     inputs = _lesson(student, pairs, found, rows)
     counted = int((inputs["labels"] != -100).sum())
     trainer = _StudentTrainer.__new__(_StudentTrainer)
-    trainer._teacher, trainer._weights = teacher, Weights(alpha=0.3, temperature=2.0, states=states)
+    trainer._student, trainer._teacher = student, teacher
+    trainer._weights = Weights(alpha=0.3, temperature=2.0, states=states)
     trainer.accelerator = type("One", (), {"num_processes": 1})()
     loss = trainer.compute_loss(student.model, inputs, num_items_in_batch=counted)
     expected = 0.0
@@ -154,16 +155,20 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_response_tokens(
         theirs, ours = response_logits(teacher, batch)[0], response_logits(student, batch)[0]
         hard = F.cross_entropy(ours, torch.tensor(response), reduction="sum")
         expected += (0.3 * divergence(theirs, ours, 2.0) + 0.7 * hard).item()
-        wanted, made = (states_of(lm, prompt, response) for lm in (teacher, student))
-        expected += states * len(response) * ((made - wanted).norm() / wanted.norm()).item() ** 2
+        for wanted, made in zip(*(states_of(lm, prompt, response) for lm in (teacher, student)), strict=True):
+            expected += states * len(response) * ((made - wanted).norm() / wanted.norm()).item() ** 2
     assert loss.item() == pytest.approx(expected / counted, rel=1e-4)
 
 
-def states_of(lm: LanguageModel, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """What the encoder makes of the prompt, or a causal model of the text but its last token."""
+def states_of(lm: LanguageModel, prompt: Sequence[int], response: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What is made of a prompt, and what each token of the response is predicted from."""
     if lm.is_encoder_decoder:
-        return lm.model.get_encoder()(torch.tensor([prompt])).last_hidden_state
-    return lm.model.get_decoder()(torch.tensor([[*prompt, *response]])).last_hidden_state
+        read = lm.model.get_encoder()(torch.tensor([prompt])).last_hidden_state
+        start = lm.model.config.decoder_start_token_id
+        said = torch.tensor([[start, *response[:-1]]])
+        return read, lm.model.get_decoder()(said, encoder_hidden_states=read).last_hidden_state
+    found = lm.model.get_decoder()(torch.tensor([[*prompt, *response]])).last_hidden_state
+    return found[:, : len(prompt)], found[:, len(prompt) - 1 : -1]
 
 
 def test_states_are_apart_by_shares_of_their_size() -> None:

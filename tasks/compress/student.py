@@ -1,6 +1,6 @@
 """Train a student on labels and on what its teacher foresees, with the machinery of tasks/lm/train.py."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +11,19 @@ from transformers import Trainer, TrainingArguments
 from tasks.compress.distillation import SoftTargets, distillation_loss, state_loss
 from tasks.compress.teacher import Foreseen
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import IGNORED, collate, model_inputs, read_prompts
+from tasks.lm.respond import IGNORED, Batch, collate, hidden_states, model_inputs, output_states
 from tasks.lm.schedule import Schedule
 from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context
 
+# The tensors of a batch, as a Trainer moves them to where the model is.
+BATCH = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+
 
 class Weights(NamedTuple):
-    """`alpha` of the soft targets, at `temperature`, beside the labels; and that of `states` (0: not compared).
+    """`alpha` of the soft targets, at `temperature`, beside the labels.
 
-    The states are those that an encoder makes of the prompt, or a causal model of the whole text.
+    `states` is that of the distance of hidden states, of prompts and of responses (0: not compared).
     """
 
     alpha: float
@@ -49,6 +52,7 @@ def train_student(
 
     def trainer(arguments: TrainingArguments) -> Trainer:
         return _StudentTrainer(
+            student=student,
             teacher=teacher,
             weights=weights,
             held_out_loss=lambda: mean_loss(student, held_out, schedule.rows_at_once),
@@ -68,9 +72,11 @@ class _StudentTrainer(HeldOutLoss):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, teacher: LanguageModel, weights: Weights, **arguments: Any) -> None:
+    def __init__(
+        self, *, student: LanguageModel, teacher: LanguageModel, weights: Weights, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self._teacher, self._weights = teacher, weights
+        self._student, self._teacher, self._weights = student, teacher, weights
 
     def compute_loss(
         self,
@@ -79,41 +85,40 @@ class _StudentTrainer(HeldOutLoss):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        inputs = dict(inputs)
-        labels, _ = inputs.pop("shift_labels"), inputs.pop("labels")
-        targets = SoftTargets(inputs.pop("soft_ids"), inputs.pop("soft_logprobs"))
+        targets = SoftTargets(inputs["soft_ids"], inputs["soft_logprobs"])
+        labels, batch = inputs["labels"], Batch(*(inputs[name] for name in BATCH))
         real = labels != IGNORED
+        asked = model_inputs(self._student, batch)
+        asked.pop("labels")
         alpha, temperature, of_states = self._weights
-        outputs = model(**inputs, output_hidden_states=bool(of_states) and not self._teacher.is_encoder_decoder)
+        outputs = model(**asked, output_hidden_states=bool(of_states))
         logits = outputs.logits[:, : labels.shape[1]][real]
         total = distillation_loss(logits, labels[real], targets, alpha, temperature)
         if of_states:
-            apart = state_loss(*self._states(inputs, outputs), inputs["attention_mask"])
+            with torch.no_grad():
+                wanted = hidden_states(self._teacher, batch)
+            made = output_states(self._student, batch, outputs)
+            apart = state_loss(made.prompt, wanted.prompt, batch.prompt_mask)
+            apart = apart + state_loss(made.response, wanted.response, batch.response_mask)
             total = total + of_states * (apart * real.sum(dim=1)).sum()
         processes = self.accelerator.num_processes  # which average their gradients
         loss: Tensor = total * processes / num_items_in_batch
         return loss
 
-    def _states(self, inputs: Mapping[str, Tensor], outputs: Any) -> tuple[Tensor, Tensor]:
-        """The student's states and the teacher's: of an encoder's prompt, or of a causal model's whole text."""
-        teacher = self._teacher
-        with torch.no_grad():
-            if teacher.is_encoder_decoder:
-                read = read_prompts(teacher, inputs["input_ids"], inputs["attention_mask"])
-                return outputs.encoder_last_hidden_state, read
-            text = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-            return outputs.hidden_states[-1], teacher.model.get_decoder()(**text).last_hidden_state
-
 
 def _lesson(
     student: LanguageModel, pairs: Sequence[Pair], foreseen: Foreseen, rows: Sequence[int]
 ) -> dict[str, Any]:
-    """Model inputs; `shift_labels` tells the Trainer that every label counts, the first one too."""
-    inputs = model_inputs(student, collate(student, *zip(*(pairs[row] for row in rows), strict=True)))
-    targets = foreseen.of(rows)
+    """A batch, its labels, and the teacher's soft targets.
+
+    `shift_labels` tells the Trainer that every label counts, the first one too.
+    """
+    batch = collate(student, *zip(*(pairs[row] for row in rows), strict=True))
+    labels, targets = model_inputs(student, batch)["labels"], foreseen.of(rows)
     return {
-        **inputs,
-        "shift_labels": inputs["labels"],
+        **dict(zip(BATCH, batch, strict=False)),
+        "labels": labels,
+        "shift_labels": labels,
         "soft_ids": targets.ids,
         "soft_logprobs": targets.logprobs,
     }

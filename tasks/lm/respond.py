@@ -160,25 +160,48 @@ def response_outputs(lm: LanguageModel, batch: Batch) -> Outputs:
     return Outputs(logits[:, :width].float(), caught[0][:, :width])
 
 
-def response_hidden(lm: LanguageModel, batch: Batch) -> Tensor:
-    """The last hidden states `[B, T, D]` before each response token; no language-model head is run."""
+class States(NamedTuple):
+    """The last hidden states: what is made of the prompt, and what each response token is predicted from."""
+
+    prompt: Tensor  # [B, P, D], of a seq2seq model's encoder
+    response: Tensor  # [B, T, D], position t before the t-th token
+
+
+def hidden_states(lm: LanguageModel, batch: Batch) -> States:
+    """The states of prompts and responses; no language-model head is run."""
     inputs = model_inputs(lm, batch.to(lm.device))
-    width = inputs.pop("labels").shape[1]
+    inputs.pop("labels")
     model = lm.model.get_base_model() if is_adapter(lm) else lm.model
     if lm.is_encoder_decoder:
         mask, read = batch.prompt_mask.to(lm.device), batch.prompt_states
+        prompt = read_prompts(lm, batch.prompt_ids, mask) if read is None else read.to(lm.device)
         found: Tensor = model.get_decoder()(
             input_ids=inputs["decoder_input_ids"],
-            encoder_hidden_states=read_prompts(lm, batch.prompt_ids, mask)
-            if read is None
-            else read.to(lm.device),
+            encoder_hidden_states=prompt,
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-        return found
-    kept = inputs.pop("logits_to_keep")
-    found = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return found[:, -kept:][:, :width]
+        return States(prompt, found)
+    inputs.pop("logits_to_keep")
+    return _cut_states(model.get_decoder()(**inputs, use_cache=False).last_hidden_state, batch)
+
+
+def response_hidden(lm: LanguageModel, batch: Batch) -> Tensor:
+    """The last hidden states `[B, T, D]` before each response token; no language-model head is run."""
+    return hidden_states(lm, batch).response
+
+
+def output_states(lm: LanguageModel, batch: Batch, outputs: Any) -> States:
+    """The states in what `lm.model(**model_inputs(lm, batch), output_hidden_states=True)` gave."""
+    if lm.is_encoder_decoder:
+        return States(outputs.encoder_last_hidden_state, outputs.decoder_hidden_states[-1])
+    return _cut_states(outputs.hidden_states[-1], batch)
+
+
+def _cut_states(found: Tensor, batch: Batch) -> States:
+    """The two parts of a causal model's states, `[B, P + T, D]`."""
+    width = batch.prompt_ids.shape[1]
+    return States(found[:, :width], found[:, width - 1 : -1])
 
 
 def response_logits(lm: LanguageModel, batch: Batch) -> Tensor:
