@@ -1,0 +1,272 @@
+"""What the stages that train or answer with a model need, by the params at hand.
+
+Estimates are for the longest examples that the params allow. On a CPU they are what the process takes beyond
+the bare imports; `benchmarks/plan_memory.py` holds them against measured peaks.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tasks.planning import memory
+from tasks.planning.compute import forward_flops, passes
+from tasks.planning.counts import Counts
+from tasks.planning.counts import counts as counted
+from tasks.planning.memory import ADAM, FLOAT, NF4, Kept
+from tasks.planning.models import config_at
+from tasks.planning.shape import Shape, config_of, shape_of
+from tasks.stage import UserError
+
+Params = Mapping[str, Any]
+Count = Callable[[Params, str, Params], Counts]
+STAGES = ("base", "finetune", "reward", "ppo", "evaluate")
+# Code of the libraries that is first touched in a run, their buffers, tokenizers and data.
+WORKSPACE = 120e6
+IMPORTS = 450e6  # of a stage, before it does anything
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each part, in each phase of a stage; the largest phase is what it needs."""
+
+    phases: Mapping[str, Mapping[str, float]]
+
+    @property
+    def phase(self) -> str:
+        """The name of the largest one."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """The parts of the largest phase."""
+        return self.phases[self.phase]
+
+    @property
+    def total(self) -> float:
+        """Bytes, at most."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one stage: `flops` are of one step (an optimizer step, PPO step, or batch of answers)."""
+
+    stage: str
+    counts: Counts
+    memory: Memory
+    flops: float
+    examples: int  # in a step
+
+
+@lru_cache
+def _counted(config: tuple[tuple[str, Any], ...], method: str, options: tuple[tuple[str, Any], ...]) -> Counts:
+    return counted(dict(config), method, {name: _thawed(value) for name, value in options})
+
+
+def exact(config: Params, method: str, options: Params) -> Counts:
+    """Counts on torch's meta device; the same question is answered once."""
+    return _counted(_frozen(config), method, _frozen(options))
+
+
+def rough(config: Params, method: str, options: Params) -> Counts:
+    """Counts without torch and without adapters: never more than there are."""
+    parameters = _shape(config).parameters
+    return Counts(parameters, parameters if method == "full" else 0)
+
+
+def needs(stage: str, data: Params, root: Path, count: Count = exact, width: float = FLOAT) -> Need:
+    """What `stage` needs with the checked params `data`; `width` bytes hold a number of an activation.
+
+    Raises UserError when the model is not here, or of an architecture without formulas.
+    """
+    needed = {"base": _base, "finetune": _finetune, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}
+    return needed[stage](data, root, count, width)
+
+
+def model_config(data: Params, root: Path) -> Params:
+    """The config.json of the model that the pipeline is about: the base."""
+    source = data["base"]["source"]
+    if source == "scratch":
+        return config_of(data["base"]["architecture"])
+    return config_at(source, data["base"]["revision"], root)
+
+
+def _base(data: Params, root: Path, count: Count, width: float) -> Need:
+    section, config = data["base"], model_config(data, root)
+    shape, found = _shape(config), count(config, "full", {})
+    learnt, longest = section["pretraining"], section["max_tokens"]
+    lengths = (longest, longest) if shape.is_encoder_decoder else (longest // 2, longest // 2)
+    if learnt is None:
+        weights = {"weights": FLOAT * found.total, "libraries": WORKSPACE}
+        reading = {"activations": memory.forward(shape, 32, sum(lengths), width)}
+        return Need("base", found, Memory({"reading": weights | reading}), 32 * forward_flops(shape, *lengths), 32)
+    keep = memory.kept("full", {}, shape)
+    return _training("base", shape, found, keep, learnt["schedule"], lengths, width, FLOAT * found.total)
+
+
+def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
+    section, config = data["finetune"], model_config(data, root)
+    method = section["method"]
+    options = _options(section["lora" if method == "qlora" else method])
+    shape, found = _shape(config), count(config, method, options)
+    lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
+    weights = FLOAT * found.total
+    if method == "qlora":
+        weights -= (FLOAT - NF4) * shape.linear
+    need = _training(
+        "finetune", shape, found, memory.kept(method, options, shape), section["schedule"], lengths, width, weights
+    )
+    if method != "qlora":
+        return need
+    # the file is read as it is and quantised tensor by tensor
+    loading = {"weights": weights, "file": FLOAT * shape.parameters, "libraries": WORKSPACE}
+    return Need("finetune", found, Memory({**need.memory.phases, "loading": loading}), need.flops, need.examples)
+
+
+def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
+    section = data["reward"]
+    config = _source_config(section["model"]["source"], section["model"]["revision"], data, root)
+    shape, method = _shape(config), section["method"]
+    options = _options(section[method])
+    found = count(config, method, options)
+    completions = data["feedback"]["source"].get("completions", 2)
+    keep = memory.kept(method, options, shape)
+    if shape.is_encoder_decoder:  # all answers stand side by side in one row of the decoder
+        lengths = (section["max_prompt_tokens"], completions * section["max_response_tokens"])
+        return _training("reward", shape, found, keep, section["schedule"], lengths, width, FLOAT * found.total)
+    lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
+    return _training(
+        "reward", shape, found, keep, section["schedule"], lengths, width, FLOAT * found.total, completions
+    )
+
+
+def _training(
+    stage: str,
+    shape: Shape,
+    found: Counts,
+    keep: Kept,
+    schedule: Params,
+    lengths: tuple[int, int],
+    width: float,
+    weights: float,
+    sequences: int = 1,
+) -> Need:
+    """A stage on transformers' Trainer; an example is `sequences` sequences of these lengths."""
+    rows = (schedule["micro_batch_size"] or schedule["batch_size"]) * sequences
+    accumulates = (schedule["micro_batch_size"] or schedule["batch_size"]) < schedule["batch_size"]
+    held = memory.activations(shape, keep, rows, *lengths, width)
+    held += memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
+    training = {
+        "weights": weights,
+        **memory.trained_state(found.trained),
+        "activations": _beside_gradients(held, found.trained, accumulates),
+        "libraries": WORKSPACE,
+    }
+    each = passes(keep.norms and keep.attention) * forward_flops(shape, *lengths) * sequences
+    return Need(stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"])
+
+
+def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
+    section, config = data["ppo"], model_config(data, root)
+    shape, method = _shape(config), section["method"]
+    options = dict(section["lora"]) if method == "lora" else {}
+    found = count(config, method, options)
+    rollouts, update = section["rollouts"], section["update"]
+    prompt, response = rollouts["max_prompt_tokens"], rollouts["max_response_tokens"]
+    trunks = 2 if section["value"]["trunk"] == "separate" else 1
+    trained = trunks * found.trained
+    judges = [
+        _shape(_source_config(part["source"], part["revision"], data, root)).parameters
+        for part in section["reward"].values()
+        if part["kind"] == "model"
+    ]
+    models = {
+        "weights": FLOAT * (trunks * found.total + (shape.parameters if method == "full" else 0)),
+        "reward models": FLOAT * float(sum(judges)),
+        **memory.trained_state(trained),
+        "libraries": WORKSPACE,
+    }
+    keep = memory.kept(method, options, shape)
+    size = math.ceil(rollouts["episodes"] / update["minibatches"])
+    rows = min(update["micro_batch_size"] or size, size)
+    held = trunks * memory.activations(shape, keep, rows, prompt, response, width)
+    held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
+    prompts = rollouts["episodes"] // rollouts["answers"]
+    states = 0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * width
+    best = {"best state": (FLOAT + ADAM) * trained}
+    asked = min(rollouts["batch_size"], rollouts["episodes"])
+    answering = {
+        "KV cache": memory.cache(shape, asked, prompt, response, width),
+        "rollouts": memory.logits(shape, asked, response, memory.LOGITS_OF_ANSWERS)
+        + memory.forward(shape, asked, prompt, width)
+        + states,
+    }
+    updating = {"rollouts": states, "activations": _beside_gradients(held, trained, rows < size)}
+    phases = {
+        "updating": {**models, **best, **updating},
+        "answering": {**models, **best, **answering},
+        "keeping the best state": {**models, **best, "next best state": best["best state"]},
+    }
+    once = forward_flops(shape, prompt, response)
+    reads = 2 + (trunks - 1) + len(judges) + update["epochs"] * passes(method == "full") * trunks
+    return Need("ppo", found, Memory(phases), reads * once * rollouts["episodes"], rollouts["episodes"])
+
+
+def _evaluate(data: Params, root: Path, count: Count, width: float) -> Need:
+    section, config = data["evaluate"], model_config(data, root)
+    shape, found = _shape(config), count(config, "full", {})
+    prompt, rows = section["max_prompt_tokens"], section["batch_size"]
+    settings = [section["generation"], *section["decoding"].values()]
+    beams = max(each.get("num_beams", 1) for each in settings)
+    response = max(each.get("max_new_tokens", 0) for each in settings)
+    answering = {
+        "weights": FLOAT * found.total,
+        "KV cache": memory.cache(shape, rows * beams, prompt, response, width),
+        "activations": memory.forward(shape, rows, prompt, width)
+        + memory.logits(shape, rows * beams, 1, memory.LOGITS_OF_ANSWERS),
+        "libraries": WORKSPACE,
+    }
+    flops = rows * beams * forward_flops(shape, prompt, response)
+    return Need("evaluate", found, Memory({"answering": answering}), flops, rows)
+
+
+def _beside_gradients(held: float, trained: int, accumulates: bool) -> float:
+    """Activations beyond the room of the gradients, which take their place as the backward pass goes on; unless
+    the gradients of an earlier micro-batch are there already.
+    """
+    return held if accumulates else max(held - FLOAT * trained, 0.0)
+
+
+def _source_config(source: str, revision: str | None, data: Params, root: Path) -> Params:
+    """The config of a model that a stage names; one that the pipeline is still to make is as the base."""
+    if source.startswith("models/") and not (root / source / "config.json").is_file():
+        return model_config(data, root)
+    config = config_at(source, revision, root)
+    return config if shape_of(config) is not None else model_config(data, root)
+
+
+def _shape(config: Params) -> Shape:
+    shape = shape_of(config)
+    if shape is None:
+        raise UserError(
+            f"no formulas for the architecture {config.get('model_type')}; the plan knows t5, llama, mistral, qwen2"
+        )
+    return shape
+
+
+def _options(section: Params) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name != "learning_rate"}
+
+
+def _frozen(values: Params) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else _frozen(value) if isinstance(value, dict) else value)
+        for name, value in values.items()
+    )
+
+
+def _thawed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
