@@ -12,7 +12,6 @@ takes some minutes.
 """
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -50,7 +49,13 @@ def params(row: str, family: str, base: Mapping[str, Any]) -> dict[str, Any]:
     schedule |= {"evaluations": 1, "log_every": 1, "checkpoint_every": STEPS}
     finetune = {**base["finetune"], "method": row if row in METHODS else "full", "schedule": schedule}
     finetune |= {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE, "held_out": BATCH}
-    ppo = {**base["ppo"], "prompts": "all", "steps": PPO_STEPS, "checkpoint_every": PPO_STEPS, **PPO.get(row, {})}
+    ppo = {
+        **base["ppo"],
+        "prompts": "all",
+        "steps": PPO_STEPS,
+        "checkpoint_every": PPO_STEPS,
+        **PPO.get(row, {}),
+    }
     ppo["rollouts"] = {
         **ppo["rollouts"], "episodes": EPISODES, "answers": 2, "batch_size": ANSWERED,
         "max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE,

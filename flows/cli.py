@@ -1,4 +1,4 @@
-"""The command `lifecycle`: run, look, report, verify, upload, ui, register, promote,
+"""The command `lifecycle`: run, plan, status, report, verify, upload, ui, register, promote,
 lineage, reproduce, serve.
 
 `lifecycle COMMAND --help` has examples.
@@ -71,6 +71,47 @@ def run(
         with workspace.locked(root, wait):
             code = _run(root, settings or [], presets or [], stages or [], force, jobs, as_json)
     raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples:  lifecycle plan   |   lifecycle plan --stage finetune --memory 16GB   |   "
+    "lifecycle plan --memory 80GB --flops 4e14 --devices 8 --strategy fsdp --json"
+)
+def plan(
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="NAME", help="Only this stage; repeatable."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Of a device, such as 16GB; else what is found here."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            "--flops", metavar="NUMBER", help="Operations a second that training reaches; else measured here."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices share the work.")] = 1,
+    strategy: Annotated[
+        Literal["ddp", "fsdp", "zero1", "zero2", "zero3"],
+        typer.Option("--strategy", help="What devices divide among them."),
+    ] = "ddp",
+    as_json: AsJson = False,
+) -> None:
+    """Estimate memory and time of the stages before they run; exit with 3 when one cannot fit."""
+    with _workspace() as root:
+        from flows import plan as ahead
+        from tasks.stage.errors import UserError
+
+        if flops is not None and not 0 < flops < float("inf"):
+            raise UserError(f"--flops {flops}: expected a number of operations a second, such as 5e10")
+        found = ahead.look(root, stages or [], memory, flops, devices, strategy)
+        if as_json:
+            _write_json(found)
+        else:
+            ahead.show(found)
+        ahead.refuse(found)
 
 
 @app.command(epilog="Example:  lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'")
@@ -260,6 +301,9 @@ def _run(
     planned = plan(root, stages, force, jobs)
     if planned.due:
         check_all()
+        from flows.plan import refuse_what_cannot_fit
+
+        refuse_what_cannot_fit(root, planned.due)
     code = _carry_out(planned, quiet=as_json)
     if as_json:
         from flows.run import as_json as results

@@ -16,8 +16,10 @@ def enough_tokens(parameters: float) -> float:
 
 
 def forward_flops(shape: Shape, prompt: int, response: int) -> float:
-    """Operations of one forward pass over one example: 2 for each weight and token that meet, 4 · width for each
-    pair of tokens that attend to each other, and the head at response tokens alone.
+    """Operations of one forward pass over one example.
+
+    2 for each weight and token that meet, 4 · width for each pair of tokens of which one attends to the other;
+    the head reads response tokens alone.
     """
     feed_forward = (3 if shape.gated else 2) * shape.width * shape.feed_forward
     head = shape.vocabulary * shape.width * response

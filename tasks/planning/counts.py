@@ -16,8 +16,8 @@ class Counts(NamedTuple):
 def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -> Counts:
     """What `tasks.lm.peft.adapt` makes of a model with this config.json, counted; tied weights count once.
 
-    `options` are those of the method, without its learning rate. Raises ParamsError when the method does not fit
-    the model.
+    `options` are those of the method, without its learning rate. Raises ParamsError when the method does not
+    fit the model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM

@@ -15,7 +15,9 @@ from tasks.planning.shape import KEPT_BY_ACTIVATION, Shape
 
 FLOAT, HALF = 4, 2
 ADAM = 8  # bytes of the two moments of a parameter, float32
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 of them, a float for 256 of those bytes
+NF4 = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # bytes a weight: 4 bits, a byte for 64 of them, a float for 256 of those bytes
 # Copies of the logits at the start of the backward pass: themselves, their log-softmax and its gradient; PPO
 # divides them by a temperature, and keeps a softmax for the entropy.
 LOGITS_OF_LOSS, LOGITS_OF_PPO, LOGITS_OF_ANSWERS = 3, 6, 3
@@ -97,7 +99,9 @@ def _attention(shape: Shape, of: Kept, queries: int, keys: int, crossed: bool = 
         found += shape.heads * queries * keys
     if of.dropout and of.attention:  # each adapted layer drops, and keeps, a copy of its own
         inputs = keys if crossed else queries
-        found += 1.25 * (queries * (shape.width + shape.inner) + 2 * inputs * shape.width) - queries * shape.width
+        found += (
+            1.25 * (queries * (shape.width + shape.inner) + 2 * inputs * shape.width) - queries * shape.width
+        )
     if shape.dropout:
         found += (queries * shape.width + shape.heads * queries * keys * 5) / 4
     return found

@@ -16,7 +16,9 @@ def config_at(source: str, revision: str | None, root: Path) -> dict[str, Any]:
     """
     folder = root / source
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
         return config_at(base, None, root)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
@@ -35,6 +37,6 @@ def _from_hub(source: str, revision: str | None) -> Path:
         return Path(cached if isinstance(cached, str) else hf_hub_download(source, CONFIG, revision=revision))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"the config of {source} is not on this machine and the hub did not give it ({type(error).__name__}); "
-            f"go online once, or name a local folder"
+            f"the config of {source} is not on this machine and the hub did not give it "
+            f"({type(error).__name__}); go online once, or name a local folder"
         ) from error

@@ -64,11 +64,7 @@ class Shape:
         norms += 2 if self.is_encoder_decoder else 1  # at the ends of encoder and decoder
         positions = 2 * self.buckets * self.heads if self.is_encoder_decoder else 0
         return (
-            self.embeddings
-            + self.linear
-            + norms * self.width
-            + positions
-            + self.decoder_layers * self.biases
+            self.embeddings + self.linear + norms * self.width + positions + self.decoder_layers * self.biases
         )
 
 

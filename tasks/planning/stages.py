@@ -86,6 +86,19 @@ def needs(stage: str, data: Params, root: Path, count: Count = exact, width: flo
     return needed[stage](data, root, count, width)
 
 
+def is_here(stage: str, data: Params, root: Path) -> bool:
+    """Whether the models of a stage can be told without the hub, and there are formulas for them."""
+    sources = [data["base"]["source"]]
+    if stage == "reward":
+        sources.append(data["reward"]["model"]["source"])
+    if stage == "ppo":
+        sources += [part["source"] for part in data["ppo"]["reward"].values() if part["kind"] == "model"]
+    local = all(
+        source == "scratch" or source.startswith("models/") or (root / source).is_dir() for source in sources
+    )
+    return local and shape_of(model_config(data, root)) is not None
+
+
 def model_config(data: Params, root: Path) -> Params:
     """The config.json of the model that the pipeline is about: the base."""
     source = data["base"]["source"]
@@ -102,7 +115,9 @@ def _base(data: Params, root: Path, count: Count, width: float) -> Need:
     if learnt is None:
         weights = {"weights": FLOAT * found.total, "libraries": WORKSPACE}
         reading = {"activations": memory.forward(shape, 32, sum(lengths), width)}
-        return Need("base", found, Memory({"reading": weights | reading}), 32 * forward_flops(shape, *lengths), 32)
+        return Need(
+            "base", found, Memory({"reading": weights | reading}), 32 * forward_flops(shape, *lengths), 32
+        )
     keep = memory.kept("full", {}, shape)
     return _training("base", shape, found, keep, learnt["schedule"], lengths, width, FLOAT * found.total)
 
@@ -117,13 +132,22 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
     if method == "qlora":
         weights -= (FLOAT - NF4) * shape.linear
     need = _training(
-        "finetune", shape, found, memory.kept(method, options, shape), section["schedule"], lengths, width, weights
+        "finetune",
+        shape,
+        found,
+        memory.kept(method, options, shape),
+        section["schedule"],
+        lengths,
+        width,
+        weights,
     )
     if method != "qlora":
         return need
     # the file is read as it is and quantised tensor by tensor
     loading = {"weights": weights, "file": FLOAT * shape.parameters, "libraries": WORKSPACE}
-    return Need("finetune", found, Memory({**need.memory.phases, "loading": loading}), need.flops, need.examples)
+    return Need(
+        "finetune", found, Memory({**need.memory.phases, "loading": loading}), need.flops, need.examples
+    )
 
 
 def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
@@ -166,7 +190,9 @@ def _training(
         "libraries": WORKSPACE,
     }
     each = passes(keep.norms and keep.attention) * forward_flops(shape, *lengths) * sequences
-    return Need(stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"])
+    return Need(
+        stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"]
+    )
 
 
 def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
@@ -195,7 +221,9 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     held = trunks * memory.activations(shape, keep, rows, prompt, response, width)
     held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
     prompts = rollouts["episodes"] // rollouts["answers"]
-    states = 0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * width
+    states = (
+        0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * width
+    )
     best = {"best state": (FLOAT + ADAM) * trained}
     asked = min(rollouts["batch_size"], rollouts["episodes"])
     answering = {
@@ -252,7 +280,8 @@ def _shape(config: Params) -> Shape:
     shape = shape_of(config)
     if shape is None:
         raise UserError(
-            f"no formulas for the architecture {config.get('model_type')}; the plan knows t5, llama, mistral, qwen2"
+            f"no formulas for the architecture {config.get('model_type')}; "
+            "the plan knows t5, llama, mistral and qwen2"
         )
     return shape
 
@@ -263,7 +292,10 @@ def _options(section: Params) -> dict[str, Any]:
 
 def _frozen(values: Params) -> tuple[tuple[str, Any], ...]:
     return tuple(
-        (name, tuple(value) if isinstance(value, list) else _frozen(value) if isinstance(value, dict) else value)
+        (
+            name,
+            tuple(value) if isinstance(value, list) else _frozen(value) if isinstance(value, dict) else value,
+        )
         for name, value in values.items()
     )
 

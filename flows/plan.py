@@ -1,0 +1,210 @@
+"""What `lifecycle plan` says: memory and compute of the stages, and what would make them fit."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.run import has_gpu
+from tasks.planning import fit, hardware, stages
+from tasks.planning.compute import enough_tokens, training_flops
+from tasks.planning.memory import FLOAT, HALF, sharded
+from tasks.planning.text import steps_of, tokens_of_text
+from tasks.stage.errors import GateRefused, ParamsError, UserError
+from tasks.stage.params import PARAMS_FILE, check_all, read_shared, read_yaml
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+CLEARLY = 1.25  # times the memory that is there: `lifecycle run` refuses no earlier than that
+
+
+def bytes_of(text: str) -> float:
+    """`16GB`, `24 GiB` or a plain number of bytes. Raises UserError."""
+    number = text.strip().upper()
+    unit = next((name for name in UNITS if number.endswith(name)), "")
+    try:
+        found = float(number.removesuffix(unit)) * UNITS.get(unit, 1)
+    except ValueError:
+        found = 0.0
+    if found <= 0:
+        raise UserError(f"--memory {text}: expected a size such as 16GB or 24GiB")
+    return found
+
+
+def look(
+    root: Path,
+    names: Iterable[str] = (),
+    size: str | None = None,
+    flops: float | None = None,
+    devices: int = 1,
+    strategy: str = "ddp",
+) -> dict[str, Any]:
+    """The plan as plain values: the machine, and of each stage its parameters, memory, time and what mends it.
+
+    `size` is the memory of a device, `flops` its operations a second; both are found out when they are not
+    given. Raises UserError for a stage without a plan and a model that cannot be read, ParamsError for wrong
+    params.
+    """
+    check_all(root / PARAMS_FILE, root / "dvc.yaml")
+    data = read_yaml(root / PARAMS_FILE)
+    chosen = list(names) or [name for name in stages.STAGES if name in data]
+    for name in chosen:
+        if name not in stages.STAGES:
+            raise UserError(f"--stage {name}: no plan for it; there are plans for {', '.join(stages.STAGES)}")
+    machine = hardware.machine(read_shared(data).compute)
+    memory = bytes_of(size) if size is not None else machine.memory
+    rate = flops if flops is not None else machine.flops()
+    width = HALF if machine.precision == "bf16" else FLOAT
+    beyond = stages.IMPORTS if machine.device == "cpu" else hardware.CONTEXT
+
+    def need_of(name: str, params: Any) -> float:
+        need = stages.needs(name, params, root, width=width)
+        return sum(sharded(need.memory.parts, strategy, devices).values()) + beyond
+
+    found = []
+    for name in chosen:
+        need = stages.needs(name, data, root, width=width)
+        parts = sharded(need.memory.parts, strategy, devices)
+        total = sum(parts.values())
+        steps = steps_of(name, data, root)
+        entry: dict[str, Any] = {
+            "stage": name,
+            "parameters": need.counts.total,
+            "trained": need.counts.trained if name != "evaluate" else 0,
+            "phase": need.memory.phase,
+            "bytes": {part: round(size) for part, size in parts.items() if round(size)},
+            "bytes_total": round(total),
+            "fits": total + beyond <= memory,
+            "flops_a_step": need.flops,
+            "seconds_a_step": need.flops / (rate * devices),
+            "steps": steps,
+            "hours": None if steps is None else steps * need.flops / (rate * devices) / 3600,
+        }
+        if not entry["fits"]:
+            entry["mended_by"] = fit.mend(name, data, lambda params, of=name: need_of(of, params) <= memory)
+        if name == "base":
+            entry["text"] = _text(data, root, need.counts.total)
+        found.append(entry)
+    return {
+        "device": machine.device,
+        "precision": machine.precision,
+        "memory": round(memory),
+        "imports": round(beyond),
+        "flops": rate,
+        "flops_given": flops is not None,
+        "devices": devices,
+        "strategy": strategy if devices > 1 else None,
+        "stages": found,
+    }
+
+
+def show(plan: dict[str, Any]) -> None:
+    """Print the plan."""
+    many = f", {plan['devices']} devices with {plan['strategy']}" if plan["devices"] > 1 else ""
+    how = (
+        "given" if plan["flops_given"] else f"{hardware.UTILISATION:.0%} of what a matrix product reaches here"
+    )
+    lines = [
+        f"{plan['device']} {plan['precision']}{many}: {_size(plan['memory'])} of memory, "
+        f"{_size(plan['imports'])} of it for the libraries; {plan['flops']:.2g} operations a second ({how})"
+    ]
+    for entry in plan["stages"]:
+        trained = f", {entry['trained']:,} of them trained" if entry["trained"] else ""
+        lines.append("")
+        lines.append(f"{entry['stage']}: {entry['parameters']:,} parameters{trained}")
+        parts = " + ".join(f"{name} {_size(size)}" for name, size in entry["bytes"].items())
+        fits = "fits" if entry["fits"] else "does not fit"
+        lines.append(f"  memory   {_size(entry['bytes_total'])} while {entry['phase']}: {fits}")
+        lines.append(f"           {parts}")
+        lines.append(f"  compute  {entry['flops_a_step']:.2g} operations a step; {_time(entry)}")
+        if "text" in entry:
+            lines.append(f"  text     {entry['text']['verdict']}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def refuse(plan: dict[str, Any]) -> None:
+    """Raise GateRefused, a line for each stage that does not fit, with the change that would make it fit."""
+    lines = [
+        f"{entry['stage']} does not fit: it needs {_size(entry['bytes_total'] + plan['imports'])} and there "
+        f"are {_size(plan['memory'])}; {_remedy(entry['mended_by'])}"
+        for entry in plan["stages"]
+        if not entry["fits"]
+    ]
+    if lines:
+        raise GateRefused("\n".join(lines))
+
+
+def refuse_what_cannot_fit(root: Path, due: Iterable[str]) -> None:
+    """Raise ParamsError when a stage that is due clearly exceeds the memory of this machine.
+
+    Told without torch, from weights and activations alone, for CPUs: what needs little more than there is may
+    still run. Models whose config is not in a folder here are not judged.
+    """
+    data = read_yaml(root / PARAMS_FILE)
+    device = data.get("compute", {}).get("device")
+    if device not in ("auto", "cpu") or (device == "auto" and has_gpu()):
+        return
+    memory = CLEARLY * psutil.virtual_memory().total
+
+    def need_of(name: str, params: Any) -> float:
+        return stages.needs(name, params, root, stages.rough).memory.total + stages.IMPORTS
+
+    lines = []
+    for name in stages.STAGES:
+        if name not in set(due) or not stages.is_here(name, data, root):
+            continue
+        needed = need_of(name, data)
+        if needed > memory:
+            settings = fit.mend(name, data, lambda params, of=name: need_of(of, params) <= memory / CLEARLY)
+            lines.append(
+                f"{name} cannot fit: it needs about {_size(needed)} and there are {_size(memory / CLEARLY)}; "
+                f"{_remedy(settings)} (lifecycle plan says more)"
+            )
+    if lines:
+        raise ParamsError("\n".join(lines))
+
+
+def _text(data: dict[str, Any], root: Path, parameters: int) -> dict[str, Any]:
+    """Whether there is text enough for the model (Hoffmann et al. 2022, 2203.15556)."""
+    wanted = enough_tokens(parameters)
+    learnt = data["base"]["pretraining"]
+    text = tokens_of_text(root)
+    verdict = f"{wanted:,.0f} tokens are worth reading, {training_flops(parameters, wanted):.3g} operations"
+    if learnt is None:
+        return {"wanted": wanted, "there": None, "verdict": f"not trained here; {verdict}"}
+    if text is None:
+        return {"wanted": wanted, "there": None, "verdict": f"{verdict}; data/text is not there yet"}
+    read = text * learnt["schedule"]["epochs"]
+    share = read / wanted
+    said = "enough" if share >= 1 else f"{share:.0%} of that"
+    return {
+        "wanted": wanted,
+        "there": round(read),
+        "verdict": f"{verdict}; about {read:,.0f} are there: {said}",
+    }
+
+
+def _time(entry: dict[str, Any]) -> str:
+    step = f"{entry['seconds_a_step']:.3g} s each"
+    if entry["hours"] is None:
+        return f"{step} (data/examples is not there yet, so the number of steps is not known)"
+    return f"{step}, {entry['steps']:,} steps: {_span(entry['hours'] * 3600)}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _remedy(settings: fit.Settings | None) -> str:
+    if settings is None:
+        return "no change of the params would make it fit: take a smaller model or a larger machine"
+    return f"it would fit with: {fit.command(settings)}"
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

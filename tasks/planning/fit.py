@@ -1,0 +1,99 @@
+"""Which change of the params would make a stage fit."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Params = Mapping[str, Any]
+Settings = dict[str, Any]
+
+
+def changed(data: Params, settings: Settings) -> dict[str, Any]:
+    """The params with some of them set, by dotted names, in a copy."""
+    found: dict[str, Any] = copy.deepcopy(dict(data))
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        section = found
+        for part in path:
+            section = section[part]
+        section[last] = value
+    return found
+
+
+def mend(stage: str, data: Params, fits: Callable[[Params], bool]) -> Settings | None:
+    """The first change that makes the stage fit: of one param where that is enough, then of several.
+
+    None where all changes together do not help. `fits` judges whole params.
+    """
+    levers = [list(lever) for lever in _levers(stage, data)]
+    for lever in levers:
+        for settings in lever:
+            if fits(changed(data, settings)):
+                return settings
+    together: Settings = {}
+    for lever in levers:
+        if not lever:
+            continue
+        for settings in lever:
+            if fits(changed(data, together | settings)):
+                return together | settings
+        together |= lever[-1]
+    return None
+
+
+def command(settings: Settings) -> str:
+    """The command that makes the change and runs."""
+    shown = {None: "null", True: "true", False: "false"}
+    parts = [
+        f"--set {name}={shown[value] if value is None or isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    ]
+    return f"lifecycle run {' '.join(parts)}"
+
+
+def _levers(stage: str, data: Params) -> Iterator[Iterator[Settings]]:
+    """What may be changed in a stage, the least loss first; each lever from its mildest setting on."""
+    section = data[stage]
+    if stage == "evaluate":
+        yield ({"evaluate.batch_size": size} for size in _halves(section["batch_size"]))
+        yield _shorter(stage, section)
+    elif stage == "ppo":
+        rollouts, update = section["rollouts"], section["update"]
+        size = -(-rollouts["episodes"] // update["minibatches"])
+        now = min(update["micro_batch_size"] or size, size)
+        yield ({"ppo.update.micro_batch_size": rows} for rows in _halves(now))
+        yield ({"ppo.rollouts.batch_size": rows} for rows in _halves(rollouts["batch_size"]))
+        if section["value"]["trunk"] == "separate":
+            yield iter([{"ppo.value.trunk": "shared", "ppo.value.source": None}])
+        if section["method"] == "full":
+            yield iter([{"ppo.method": "lora"}])
+        whole = (size for size in _halves(rollouts["episodes"]) if size % rollouts["answers"] == 0)
+        yield ({"ppo.rollouts.episodes": size} for size in whole)
+        yield _shorter("ppo.rollouts", rollouts)
+    else:
+        where, schedule = stage, section.get("schedule")
+        if stage == "base":
+            where, schedule = "base.pretraining", (section["pretraining"] or {}).get("schedule")
+        if schedule is not None:
+            now = schedule["micro_batch_size"] or schedule["batch_size"]
+            smaller = (size for size in range(now - 1, 0, -1) if schedule["batch_size"] % size == 0)
+            yield ({f"{where}.schedule.micro_batch_size": size} for size in smaller)
+        if stage == "base":
+            yield ({"base.max_tokens": size} for size in _halves(section["max_tokens"]) if size >= 8)
+            return
+        if section["method"] not in ("lora", "qlora"):
+            yield iter([{f"{stage}.method": "lora"}])
+        if stage == "finetune" and section["method"] != "qlora":
+            yield iter([{"finetune.method": "qlora"}])
+        yield _shorter(stage, section)
+
+
+def _shorter(where: str, section: Params) -> Iterator[Settings]:
+    return (
+        {f"{where}.max_prompt_tokens": size} for size in _halves(section["max_prompt_tokens"]) if size >= 16
+    )
+
+
+def _halves(number: int) -> Iterator[int]:
+    return itertools.takewhile(lambda size: size >= 1, (number >> by for by in range(1, number.bit_length())))
