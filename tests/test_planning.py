@@ -1,0 +1,237 @@
+"""The numbers of `lifecycle plan`, against real models, hand-made sums and published figures."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_toys import ARCHITECTURE, FAMILIES, METHODS, OPTIONS, PEFT_WARNING, toy
+
+from tasks.lm.model import LanguageModel
+from tasks.lm.peft import adapt, parameter_counts
+from tasks.lm.respond import Batch, response_logits
+from tasks.planning import fit, memory, stages
+from tasks.planning.compute import enough_tokens, forward_flops, training_flops
+from tasks.planning.counts import Counts, counts
+from tasks.planning.models import config_at
+from tasks.planning.shape import Shape, config_of, shape_of
+from tasks.stage import UserError
+from tasks.stage.params import read_yaml
+
+ROOT = Path(__file__).parents[1]
+LLAMA_2_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
+LLAMA_2_70B = LLAMA_2_7B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+FLAN_T5_BASE = {
+    "model_type": "t5", "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12,
+    "num_heads": 12, "vocab_size": 32128, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+ROWS, PROMPT, RESPONSE = 2, 24, 10
+
+pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
+
+
+@cache
+def real(family: str) -> LanguageModel:
+    return toy(family)
+
+
+def fresh(family: str) -> LanguageModel:
+    """A model of the same config for an adapter to change."""
+    lm = real(family)
+    return LanguageModel(type(lm.model)(lm.model.config).eval(), lm.tokenizer)
+
+
+def config(family: str) -> dict[str, Any]:
+    return config_of({**ARCHITECTURE, "family": family, "vocabulary": len(real(family).tokenizer)})
+
+
+def shape(of: Mapping[str, Any]) -> Shape:
+    found = shape_of(of)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_those_of_the_real_model(family: str, method: str) -> None:
+    trained, total = parameter_counts(adapt(fresh(family), method, OPTIONS[method]))
+    assert counts(config(family), method, OPTIONS[method]) == Counts(total, trained)
+    if method == "lora":
+        assert counts(config(family), "qlora", OPTIONS["qlora"]) == Counts(total, trained)
+    if method == "full":
+        assert shape(config(family)).parameters == total
+
+
+@pytest.mark.parametrize(
+    ("published", "expected"),
+    [(LLAMA_2_7B, 6_738_415_616), (LLAMA_2_70B, 68_976_648_192), (FLAN_T5_BASE, 247_577_856)],
+)
+def test_counts_of_models_on_the_hub(published: Mapping[str, Any], expected: int) -> None:
+    assert shape(published).parameters == expected
+    assert counts(published, "full", {}).total == expected
+
+
+def test_an_unknown_architecture_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    with pytest.raises(UserError, match=r"bert has no config\.json"):
+        config_at("bert", None, tmp_path)
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    data = fit.changed(params(), {"base.source": "bert"})
+    with pytest.raises(UserError, match="architecture bert; the plan knows t5"):
+        stages.needs("finetune", data, tmp_path, stages.rough)
+    with pytest.raises(UserError, match="someone/no-such-model is not on this machine"):
+        config_at("someone/no-such-model", None, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_are_what_autograd_keeps(family: str, method: str) -> None:
+    """Every tensor that the forward pass keeps for the backward pass, each once, but the weights."""
+    lm = adapt(fresh(family), method, OPTIONS[method] | ({"dropout": 0.0} if "lora" in method else {}))
+    lm.model.train()
+    ids = torch.randint(3, 90, (ROWS, PROMPT + RESPONSE))
+    ones = torch.ones_like(ids)
+    ones[0, 0 if family == "llama" else PROMPT - 1] = 0  # padding, as batches have it
+    batch = Batch(ids[:, :PROMPT], ones[:, :PROMPT], ids[:, PROMPT:], torch.ones_like(ids[:, PROMPT:]))
+    weights = {each.untyped_storage().data_ptr() for each in lm.model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = response_logits(lm, batch)
+    assert logits.requires_grad
+    kept = memory.kept(method, OPTIONS[method] | {"dropout": 0.0}, shape(config(family)))
+    expected = memory.activations(shape(config(family)), kept, ROWS, PROMPT, RESPONSE)
+    assert 0.8 < expected / sum(found.values()) < 1.2
+
+
+def test_adam_takes_sixteen_bytes_a_parameter() -> None:
+    assert memory.trained_state(1) == {"gradients": 4, "optimizer": 8}
+    assert memory.FLOAT + sum(memory.trained_state(1).values()) == 16
+    assert abs(8 * memory.NF4 - 4.127) < 1e-3  # bits: 2305.14314 §3, double quantisation
+
+
+def test_chinchilla() -> None:
+    assert enough_tokens(70e9) == 1.4e12
+    assert training_flops(70e9, 1.4e12) == pytest.approx(5.88e23)
+
+
+def test_what_devices_divide_is_as_published() -> None:
+    """Figure 1 of 1910.02054: 7.5 billion parameters, 64 devices, mixed precision."""
+    parts = {"weights": 2 * 7.5e9, "gradients": 2 * 7.5e9, "optimizer": 12 * 7.5e9}
+    gigabytes = {
+        strategy: round(sum(memory.sharded(parts, strategy, 64).values()) / 1e9, 1)
+        for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp")
+    }
+    assert gigabytes == {"ddp": 120.0, "zero1": 31.4, "zero2": 16.6, "zero3": 1.9, "fsdp": 1.9}
+    assert memory.sharded({"activations": 8.0}, "zero3", 4) == {"activations": 8.0}
+
+
+def test_the_cache_of_a_token() -> None:
+    """Two bytes for each of 2 · 32 layers · 4096; eight of 64 heads keep keys in the larger model."""
+    assert memory.cache(shape(LLAMA_2_7B), 1, 1, 0, width=2) == 524_288
+    assert memory.cache(shape(LLAMA_2_70B), 3, 1, 1, width=2) == 3 * 2 * 2 * 2 * 80 * 1024
+
+
+def test_a_forward_pass_costs_two_operations_a_weight_and_token() -> None:
+    """Kaplan et al. 2020, 2001.08361 table 1, where sequences are short against the width."""
+    big = shape(LLAMA_2_7B)
+    weights = big.linear + big.vocabulary * big.width
+    assert forward_flops(big, 0, 8) == pytest.approx(2 * 8 * weights, rel=0.01)
+
+
+def params() -> dict[str, Any]:
+    return read_yaml(ROOT / "params.yaml")
+
+
+BIG = {"base.architecture.d_model": 512, "base.architecture.layers": 6, "base.architecture.d_ff": 2048}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "share", "named"),
+    [
+        ("base", {}, 0.5, "base.pretraining.schedule.micro_batch_size"),
+        ("finetune", {"finetune.method": "full"}, 0.7, "finetune.schedule.micro_batch_size"),
+        ("finetune", {"finetune.method": "full"}, 0.3, "finetune.method"),
+        ("ppo", {}, 0.6, "ppo.update.micro_batch_size"),
+        ("ppo", {"ppo.method": "full"}, 0.3, "ppo.method"),
+        ("reward", {"reward.method": "full"}, 0.6, "reward.schedule.micro_batch_size"),
+        ("evaluate", {}, 0.7, "evaluate.batch_size"),
+    ],
+)
+def test_the_change_that_is_named_makes_it_fit(
+    tmp_path: Path, stage: str, settings: dict[str, Any], share: float, named: str
+) -> None:
+    data = fit.changed(params(), BIG | settings)
+
+    def need(given: Mapping[str, Any]) -> float:
+        return stages.needs(stage, given, tmp_path, stages.rough).memory.total
+
+    there = share * need(data)
+    found = fit.mend(stage, data, lambda given: need(given) <= there)
+    assert found is not None
+    assert named in found
+    assert need(fit.changed(data, found)) <= there
+    assert f"--set {named}={found[named]}" in fit.command(found)
+    assert data == fit.changed(params(), BIG | settings)
+
+
+def test_nothing_helps_where_the_weights_alone_are_too_much(tmp_path: Path) -> None:
+    def need(given: Mapping[str, Any]) -> float:
+        return stages.needs("finetune", given, tmp_path, stages.rough).memory.total
+
+    assert fit.mend("finetune", params(), lambda given: need(given) <= 1e6) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
+    whole = fit.changed(params(), BIG | {"base.architecture.family": family, "finetune.method": "full"})
+
+    def total(**settings: Any) -> float:
+        given = {name.replace("__", "."): value for name, value in settings.items()}
+        return stages.needs("finetune", fit.changed(whole, given), tmp_path).memory.total
+
+    full, lora, small = total(), total(finetune__method="lora"), total(finetune__max_prompt_tokens=64)
+    assert lora < full
+    assert small < full
+    ppo = stages.needs("ppo", whole, tmp_path).memory
+    assert set(ppo.phases) == {"updating", "answering", "keeping the best state"}
+    assert ppo.phases["answering"]["KV cache"] > 0
+    alone = fit.changed(whole, {"ppo.value.trunk": "shared", "ppo.value.source": None})
+    assert stages.needs("ppo", alone, tmp_path).memory.total < ppo.total
+
+
+LORA_16 = {"r": 16, "dropout": 0.0, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(("name", "published"), [("7B", LLAMA_2_7B), ("70B", LLAMA_2_70B)])
+def test_the_page_on_scaling_has_the_numbers_of_the_formulas(name: str, published: Mapping[str, Any]) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    big = shape(published)
+    adapter = counts(published, "lora", LORA_16)
+    weights = {
+        "full": (big.parameters, memory.FLOAT * big.parameters),
+        "lora": (adapter.trained, memory.FLOAT * adapter.total),
+        "qlora": (adapter.trained, memory.FLOAT * adapter.total - (memory.FLOAT - memory.NF4) * big.linear),
+    }
+    for method, (trained, size) in weights.items():
+        parts = {"weights": size, **memory.trained_state(trained)}
+        columns = [("ddp", 8), ("zero1", 8), ("zero2", 8), ("fsdp", 8), ("zero3", 16), ("zero3", 64)]
+        cells = [f"{sum(memory.sharded(parts, *column).values()) / 1e9:.1f}" for column in columns]
+        assert f"| {name}, {method} | {' | '.join(cells)} |" in page
+    kept = [memory.kept(method, LORA_16, big) for method in ("full", "lora")]
+    held = [f"{memory.activations(big, each, 1, 1792, 256, width=2) / 1e9:.1f} GB" for each in kept]
+    assert f"| {name} | {' | '.join(held)} |" in page
