@@ -142,7 +142,10 @@ def refuse_what_cannot_fit(root: Path, due: Iterable[str]) -> None:
     still run. Models whose config is not in a folder here are not judged.
     """
     data = read_yaml(root / PARAMS_FILE)
-    device = data.get("compute", {}).get("device")
+    judged = [name for name in stages.STAGES if name in set(due)]
+    if not judged or "base" not in data:  # another graph
+        return
+    device = data["compute"]["device"]
     if device not in ("auto", "cpu") or (device == "auto" and has_gpu()):
         return
     memory = CLEARLY * psutil.virtual_memory().total
@@ -151,10 +154,8 @@ def refuse_what_cannot_fit(root: Path, due: Iterable[str]) -> None:
         return stages.needs(name, params, root, stages.rough).memory.total + stages.IMPORTS
 
     lines = []
-    for name in stages.STAGES:
-        if name not in set(due) or not stages.is_here(name, data, root):
-            continue
-        needed = need_of(name, data)
+    for name in judged:
+        needed = need_of(name, data) if stages.is_here(name, data, root) else 0.0
         if needed > memory:
             settings = fit.mend(name, data, lambda params, of=name: need_of(of, params) <= memory / CLEARLY)
             lines.append(
