@@ -166,7 +166,7 @@ BIG = {"base.architecture.d_model": 512, "base.architecture.layers": 6, "base.ar
         ("base", {}, 0.5, "base.pretraining.schedule.micro_batch_size"),
         ("finetune", {"finetune.method": "full"}, 0.7, "finetune.schedule.micro_batch_size"),
         ("finetune", {"finetune.method": "full"}, 0.3, "finetune.method"),
-        ("ppo", {}, 0.6, "ppo.update.micro_batch_size"),
+        ("ppo", {}, 0.6, "ppo.rollouts.batch_size"),
         ("ppo", {"ppo.method": "full"}, 0.3, "ppo.method"),
         ("reward", {"reward.method": "full"}, 0.6, "reward.schedule.micro_batch_size"),
         ("evaluate", {}, 0.7, "evaluate.batch_size"),

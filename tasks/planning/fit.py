@@ -22,23 +22,18 @@ def changed(data: Params, settings: Settings) -> dict[str, Any]:
 
 
 def mend(stage: str, data: Params, fits: Callable[[Params], bool]) -> Settings | None:
-    """The first change that makes the stage fit: of one param where that is enough, then of several.
+    """The first change that makes the stage fit: of one param if that is enough, else of the ones before it too,
+    as far as they go.
 
     None where all changes together do not help. `fits` judges whole params.
     """
-    levers = [list(lever) for lever in _levers(stage, data)]
-    for lever in levers:
-        for settings in lever:
+    before: Settings = {}
+    for lever in _levers(stage, data):
+        tried = list(lever)
+        for settings in [*tried, *(before | each for each in tried if before)]:
             if fits(changed(data, settings)):
                 return settings
-    together: Settings = {}
-    for lever in levers:
-        if not lever:
-            continue
-        for settings in lever:
-            if fits(changed(data, together | settings)):
-                return together | settings
-        together |= lever[-1]
+        before |= tried[-1] if tried else {}
     return None
 
 
