@@ -10,7 +10,7 @@ import psutil
 from flows.run import has_gpu
 from tasks.planning import fit, hardware, stages
 from tasks.planning.compute import enough_tokens, training_flops
-from tasks.planning.memory import FLOAT, HALF, sharded
+from tasks.planning.memory import FLOAT, HALF
 from tasks.planning.text import steps_of, tokens_of_text
 from tasks.stage.errors import GateRefused, ParamsError, UserError
 from tasks.stage.params import PARAMS_FILE, check_all, read_shared, read_yaml
@@ -60,22 +60,21 @@ def look(
 
     def need_of(name: str, params: Any) -> float:
         need = stages.needs(name, params, root, width=width)
-        return sum(sharded(need.memory.parts, strategy, devices).values()) + beyond
+        return need.memory.of_one(strategy, devices).total + beyond
 
     found = []
     for name in chosen:
         need = stages.needs(name, data, root, width=width)
-        parts = sharded(need.memory.parts, strategy, devices)
-        total = sum(parts.values())
+        needed = need.memory.of_one(strategy, devices)
         steps = steps_of(name, data, root)
         entry: dict[str, Any] = {
             "stage": name,
             "parameters": need.counts.total,
             "trained": need.counts.trained if name != "evaluate" else 0,
-            "phase": need.memory.phase,
-            "bytes": {part: round(size) for part, size in parts.items() if round(size)},
-            "bytes_total": round(total),
-            "fits": total + beyond <= memory,
+            "phase": needed.phase,
+            "bytes": {part: round(room) for part, room in needed.parts.items() if round(room)},
+            "bytes_total": round(needed.total),
+            "fits": needed.total + beyond <= memory,
             "flops_a_step": need.flops,
             "seconds_a_step": need.flops / (rate * devices),
             "steps": steps,

@@ -20,10 +20,12 @@ def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -
     fit the model.
     """
     import torch
+    from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from tasks.lm.model import LanguageModel
     from tasks.lm.peft import adapt, parameter_counts
+    from tasks.planning.shape import has_own_head
 
     known = {name: value for name, value in config.items() if name != "model_type"}
     read = AutoConfig.for_model(config["model_type"], **known)
@@ -31,6 +33,8 @@ def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -
     with torch.device("meta"):
         model = family.from_config(read)
         model.tie_weights()
+        if has_own_head(config):  # which from_pretrained sees by the weights, and from_config cannot
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.new_empty(model.lm_head.weight.shape))
         # the numbers of a 4-bit base are those of the base itself
         lm = adapt(LanguageModel(model, None), "lora" if method == "qlora" else method, options)  # type: ignore[arg-type]
     trained, total = parameter_counts(lm)

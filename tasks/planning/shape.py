@@ -101,6 +101,15 @@ def config_of(architecture: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def has_own_head(config: Mapping[str, Any]) -> bool:
+    """Whether the head is apart from the embeddings; T5 1.1 says so by `tie_word_embeddings: false`, or, saved by
+    newer versions of transformers, by outputs that are not scaled.
+    """
+    if config["model_type"] == "t5":
+        return not (config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs", True))
+    return not config.get("tie_word_embeddings", False)
+
+
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
     """The shape in a config.json; None for an architecture that is neither T5 nor like Llama."""
     if config.get("model_type") == "t5":
@@ -125,7 +134,7 @@ def _t5(config: Mapping[str, Any]) -> Shape:
         vocabulary=config["vocab_size"],
         activation="gelu_new" if config.get("feed_forward_proj") == "gated-gelu" else name,
         gated=projection[0] == "gated",
-        tied=config.get("tie_word_embeddings", True),
+        tied=not has_own_head(config),
         biases=0,
         buckets=config.get("relative_attention_num_buckets", BUCKETS),
         dropout=config.get("dropout_rate", 0.1),
@@ -151,7 +160,7 @@ def _llama(config: Mapping[str, Any]) -> Shape:
         vocabulary=config["vocab_size"],
         activation=config.get("hidden_act", "silu"),
         gated=True,
-        tied=config.get("tie_word_embeddings", False),
+        tied=not has_own_head(config),
         biases=biases,
         buckets=0,
         dropout=config.get("attention_dropout", 0.0),

@@ -4,6 +4,7 @@ Estimates are for the longest examples that the params allow. On a CPU they are 
 the bare imports; `benchmarks/plan_memory.py` holds them against measured peaks.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class Memory:
         """Bytes, at most."""
         return sum(self.parts.values())
 
+    def of_one(self, strategy: str, devices: int) -> "Memory":
+        """What one of several devices needs."""
+        return Memory({name: memory.sharded(parts, strategy, devices) for name, parts in self.phases.items()})
+
 
 @dataclass(frozen=True)
 class Need:
@@ -62,13 +67,13 @@ class Need:
 
 
 @lru_cache
-def _counted(config: tuple[tuple[str, Any], ...], method: str, options: tuple[tuple[str, Any], ...]) -> Counts:
-    return counted(dict(config), method, {name: _thawed(value) for name, value in options})
+def _counted(config: str, method: str, options: str) -> Counts:
+    return counted(json.loads(config), method, json.loads(options))
 
 
 def exact(config: Params, method: str, options: Params) -> Counts:
     """Counts on torch's meta device; the same question is answered once."""
-    return _counted(_frozen(config), method, _frozen(options))
+    return _counted(json.dumps(config), method, json.dumps(options))
 
 
 def rough(config: Params, method: str, options: Params) -> Counts:
@@ -288,17 +293,3 @@ def _shape(config: Params) -> Shape:
 
 def _options(section: Params) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name != "learning_rate"}
-
-
-def _frozen(values: Params) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (
-            name,
-            tuple(value) if isinstance(value, list) else _frozen(value) if isinstance(value, dict) else value,
-        )
-        for name, value in values.items()
-    )
-
-
-def _thawed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
