@@ -22,8 +22,7 @@ def changed(data: Params, settings: Settings) -> dict[str, Any]:
 
 
 def mend(stage: str, data: Params, fits: Callable[[Params], bool]) -> Settings | None:
-    """The first change that makes the stage fit: of one param if that is enough, else of the ones before it too,
-    as far as they go.
+    """The first change that makes the stage fit: of one param, or also of those before it, as low as they go.
 
     None where all changes together do not help. `fits` judges whole params.
     """

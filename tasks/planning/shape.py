@@ -102,8 +102,10 @@ def config_of(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_own_head(config: Mapping[str, Any]) -> bool:
-    """Whether the head is apart from the embeddings; T5 1.1 says so by `tie_word_embeddings: false`, or, saved by
-    newer versions of transformers, by outputs that are not scaled.
+    """Whether the head is apart from the embeddings.
+
+    T5 1.1 says so by `tie_word_embeddings: false`, or, saved by newer versions of transformers, by outputs that
+    are not scaled.
     """
     if config["model_type"] == "t5":
         return not (config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs", True))
