@@ -113,7 +113,7 @@ def test_activations_are_what_autograd_keeps(family: str, method: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = response_logits(lm, batch)
     assert logits.requires_grad
-    kept = memory.kept(method, OPTIONS[method] | {"dropout": 0.0}, shape(config(family)))
+    kept = memory.kept(method, OPTIONS[method] | {"dropout": 0.0})
     expected = memory.activations(shape(config(family)), kept, ROWS, PROMPT, RESPONSE)
     assert 0.8 < expected / sum(found.values()) < 1.2
 
@@ -232,6 +232,6 @@ def test_the_page_on_scaling_has_the_numbers_of_the_formulas(name: str, publishe
         columns = [("ddp", 8), ("zero1", 8), ("zero2", 8), ("fsdp", 8), ("zero3", 16), ("zero3", 64)]
         cells = [f"{sum(memory.sharded(parts, *column).values()) / 1e9:.1f}" for column in columns]
         assert f"| {name}, {method} | {' | '.join(cells)} |" in page
-    kept = [memory.kept(method, LORA_16, big) for method in ("full", "lora")]
+    kept = [memory.kept(method, LORA_16) for method in ("full", "lora")]
     held = [f"{memory.activations(big, each, 1, 1792, 256, width=2) / 1e9:.1f} GB" for each in kept]
     assert f"| {name} | {' | '.join(held)} |" in page

@@ -25,17 +25,18 @@ LOGITS_OF_LOSS, LOGITS_OF_PPO, LOGITS_OF_ANSWERS = 3, 6, 3
 
 @dataclass(frozen=True)
 class Kept:
-    """Which inputs a layer keeps: those of linear layers in attention and feed-forward part, of norms, and the
-    scores of attention.
+    """Whose inputs are kept: those of linear layers in attention and feed-forward part, of the head, of the
+    weights of norms.
 
     `rank` is LoRA's, `dropout` what stands before its first matrix. `scaled` is of IA3, whose scales keep what
-    they multiply. `encoder` says whether the encoder keeps anything; `virtual` tokens stand before the prompt.
+    they multiply. `encoder` says whether the encoder keeps anything. `virtual` tokens stand before the prompt;
+    where the encoder keeps nothing, before the keys and values of each layer.
     """
 
     attention: bool = False
     feed_forward: bool = False
+    head: bool = False
     norms: bool = False
-    scores: bool = False
     rank: int = 0
     dropout: float = 0.0
     scaled: bool = False
@@ -46,11 +47,11 @@ class Kept:
 ATTENTION_NAMES = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def kept(method: str, options: Mapping[str, Any], shape: Shape) -> Kept:
+def kept(method: str, options: Mapping[str, Any]) -> Kept:
     """What is kept for the gradients of a method (tasks/lm/peft.py)."""
     match method:
         case "full":
-            return Kept(attention=True, feed_forward=True, norms=True, scores=shape.is_encoder_decoder)
+            return Kept(attention=True, feed_forward=True, head=True, norms=True)
         case "lora" | "qlora":
             names = options["target_modules"]
             everything = names == "all-linear"
@@ -73,16 +74,20 @@ def kept(method: str, options: Mapping[str, Any], shape: Shape) -> Kept:
 
 def activations(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width: float = FLOAT) -> float:
     """Bytes that are kept for the backward pass of `rows` examples; `width` bytes a number. Without logits."""
+    ahead = of.virtual if of.encoder else 0  # virtual tokens with states of their own, or keys and values alone
+    last = shape.width * (1 + of.norms)  # of the norm behind the last layer
+    head = response * shape.width * of.head
     if not shape.is_encoder_decoder:
-        tokens = prompt + response + of.virtual
-        layer = _attention(shape, of, tokens, tokens) + _feed_forward(shape, of, tokens)
-        return rows * width * shape.decoder_layers * layer
-    asked = prompt + (of.virtual if of.encoder else 0)
-    encoder = _attention(shape, of, asked, asked) + _feed_forward(shape, of, asked) if of.encoder else 0
-    decoder = _attention(shape, of, response, response + (0 if of.encoder else of.virtual))
+        tokens = prompt + response + ahead
+        layer = _attention(shape, of, tokens, prompt + response + of.virtual) + _feed_forward(shape, of, tokens)
+        return rows * width * (shape.decoder_layers * layer + tokens * last + head)
+    asked = prompt + ahead
+    encoder = _attention(shape, of, asked, asked) + _feed_forward(shape, of, asked)
+    decoder = _attention(shape, of, response, response + of.virtual - ahead)
     decoder += _attention(shape, of, response, asked, crossed=True) + _feed_forward(shape, of, response)
-    states = asked * shape.width  # what the encoder made of the prompt
-    return rows * width * (shape.encoder_layers * encoder + shape.decoder_layers * decoder + states)
+    read = asked * (last + shape.width * of.attention)  # what the encoder made of the prompt, for all layers
+    found = shape.decoder_layers * decoder + response * last + head
+    return rows * width * (found + (shape.encoder_layers * encoder + read if of.encoder else 0))
 
 
 def _attention(shape: Shape, of: Kept, queries: int, keys: int, crossed: bool = False) -> float:

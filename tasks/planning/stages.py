@@ -123,7 +123,7 @@ def _base(data: Params, root: Path, count: Count, width: float) -> Need:
         return Need(
             "base", found, Memory({"reading": weights | reading}), 32 * forward_flops(shape, *lengths), 32
         )
-    keep = memory.kept("full", {}, shape)
+    keep = memory.kept("full", {})
     return _training("base", shape, found, keep, learnt["schedule"], lengths, width, FLOAT * found.total)
 
 
@@ -140,7 +140,7 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
         "finetune",
         shape,
         found,
-        memory.kept(method, options, shape),
+        memory.kept(method, options),
         section["schedule"],
         lengths,
         width,
@@ -162,7 +162,7 @@ def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
     options = _options(section[method])
     found = count(config, method, options)
     completions = data["feedback"]["source"].get("completions", 2)
-    keep = memory.kept(method, options, shape)
+    keep = memory.kept(method, options)
     if shape.is_encoder_decoder:  # all answers stand side by side in one row of the decoder
         lengths = (section["max_prompt_tokens"], completions * section["max_response_tokens"])
         return _training("reward", shape, found, keep, section["schedule"], lengths, width, FLOAT * found.total)
@@ -194,7 +194,7 @@ def _training(
         "activations": _beside_gradients(held, found.trained, accumulates),
         "libraries": WORKSPACE,
     }
-    each = passes(keep.norms and keep.attention) * forward_flops(shape, *lengths) * sequences
+    each = passes(keep.head) * forward_flops(shape, *lengths) * sequences
     return Need(
         stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"]
     )
@@ -220,7 +220,7 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
         **memory.trained_state(trained),
         "libraries": WORKSPACE,
     }
-    keep = memory.kept(method, options, shape)
+    keep = memory.kept(method, options)
     size = math.ceil(rollouts["episodes"] / update["minibatches"])
     rows = min(update["micro_batch_size"] or size, size)
     held = trunks * memory.activations(shape, keep, rows, prompt, response, width)
