@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 Params = Mapping[str, Any]
@@ -22,18 +22,32 @@ def changed(data: Params, settings: Settings) -> dict[str, Any]:
 
 
 def mend(stage: str, data: Params, fits: Callable[[Params], bool]) -> Settings | None:
-    """The first change that makes the stage fit: of one param, or also of those before it, as low as they go.
+    """The change that makes the stage fit: of one param if that is enough, else of few.
 
     None where all changes together do not help. `fits` judges whole params.
     """
-    before: Settings = {}
-    for lever in _levers(stage, data):
-        tried = list(lever)
-        for settings in [*tried, *(before | each for each in tried if before)]:
+    levers: list[list[Settings]] = []
+    for lever in map(list, _levers(stage, data)):
+        for settings in lever:
             if fits(changed(data, settings)):
                 return settings
-        before |= tried[-1] if tried else {}
+        levers += [lever] if lever else []
+        if fits(changed(data, _merged(each[-1] for each in levers))):
+            return _mildest(levers, lambda settings: fits(changed(data, settings)))
     return None
+
+
+def _mildest(levers: list[list[Settings]], fits: Callable[[Settings], bool]) -> Settings:
+    """All levers, which at their strongest are enough, each as mild as the others let it be."""
+    chosen = [lever[-1] for lever in levers]
+    for at in reversed(range(len(levers))):
+        trials = ([*chosen[:at], milder, *chosen[at + 1 :]] for milder in ({}, *levers[at]))
+        chosen = next(trial for trial in trials if fits(_merged(trial)))
+    return _merged(chosen)
+
+
+def _merged(settings: Iterable[Settings]) -> Settings:
+    return {name: value for each in settings for name, value in each.items()}
 
 
 def command(settings: Settings) -> str:
