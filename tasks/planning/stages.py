@@ -24,9 +24,9 @@ from tasks.stage import UserError
 Params = Mapping[str, Any]
 Count = Callable[[Params, str, Params], Counts]
 STAGES = ("base", "finetune", "reward", "ppo", "evaluate")
-# Beyond the bare imports: code that is first touched in a run, buffers, tokenizers. And what is kept for a backward
-# pass takes more room than its bytes, as it does not fit the gaps that others left. Both from the peaks of
-# benchmarks/ppo_vs_trl.py, of models with 1 and 40 million parameters.
+# Beyond the bare imports: code that is first touched in a run, buffers, tokenizers. And what is kept for a
+# backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are from the
+# peaks in benchmarks/results/ppo_vs_trl.json, of models with 1 and 40 million parameters.
 WORKSPACE, GAPS = 120e6, 1.4
 IMPORTS = 450e6  # of a stage, before it does anything
 
