@@ -166,9 +166,9 @@ BIG = {"base.architecture.d_model": 512, "base.architecture.layers": 6, "base.ar
     [
         ("base", {}, 0.5, "base.pretraining.schedule.micro_batch_size"),
         ("finetune", {"finetune.method": "full"}, 0.7, "finetune.schedule.micro_batch_size"),
-        ("finetune", {"finetune.method": "full"}, 0.3, "finetune.method"),
+        ("finetune", {"finetune.method": "full"}, 0.2, "finetune.method"),
         ("ppo", {}, 0.6, "ppo.rollouts.batch_size"),
-        ("ppo", {"ppo.method": "full"}, 0.3, "ppo.value.trunk"),
+        ("ppo", {"ppo.method": "full"}, 0.2, "ppo.value.trunk"),
         ("reward", {"reward.method": "full"}, 0.6, "reward.schedule.micro_batch_size"),
         ("evaluate", {}, 0.7, "evaluate.batch_size"),
     ],
