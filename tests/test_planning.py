@@ -159,7 +159,7 @@ def test_ppo_is_near_what_was_measured(method: str, row: str, tmp_path: Path) ->
     assert 0.8 < needed / peak < 1.2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["t5", "llama"])
 def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
     whole = fit.changed(params(), BIG | {"base.architecture.family": family, "finetune.method": "full"})
 
@@ -185,13 +185,11 @@ def test_the_page_on_scaling_has_the_numbers_of_the_formulas(name: str, publishe
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     big = shape(published)
     adapter = ADAPTERS[name]
+    together = memory.FLOAT * (big.parameters + adapter)
     weights = {
         "full": (big.parameters, memory.FLOAT * big.parameters),
-        "lora": (adapter, memory.FLOAT * (big.parameters + adapter)),
-        "qlora": (
-            adapter,
-            memory.FLOAT * (big.parameters + adapter) - (memory.FLOAT - memory.NF4) * big.linear,
-        ),
+        "lora": (adapter, together),
+        "qlora": (adapter, together - (memory.FLOAT - memory.NF4) * big.linear),
     }
     for method, (trained, size) in weights.items():
         parts = {"weights": size, **memory.trained_state(trained)}
