@@ -14,6 +14,7 @@ from tasks.data.records import Example, read_examples
 from tasks.evaluate import Params, chosen, sample_answers, shot_prompts
 from tasks.playground.settings import Settings
 from tasks.stage import Compute, UserError
+from tasks.stage.params import PARAMS_FILE, read_section, read_shared, read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,15 +92,11 @@ class Playground:
             raise UserError(f"the test examples have no task {task}: choose another")
         return found[number % len(found)]
 
-    def prompts(self, variant: str, prompt: str, task: str, shots: int) -> tuple[str, int]:
+    def with_worked(self, variant: str, prompt: str, task: str, shots: int) -> tuple[str, int]:
         """The prompt after `shots` worked examples of `task`, or the last of them that fit, and how many did.
 
         They are those of the evaluation. Raises UserError when there are not so many.
         """
-        if not prompt.strip():
-            raise UserError("the prompt is empty: write one, or take a test example")
-        if len(prompt) > MAX_CHARACTERS:
-            raise UserError(f"the prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are allowed")
         if shots == 0:
             return prompt, 0
         worked = self._worked(task)[:shots]
@@ -118,9 +115,10 @@ class Playground:
         """Let a variant answer. Raises UserError when it cannot."""
         from tasks.lm.respond import encode_prompts
 
+        check_prompt(prompt)
         with self._turn:
             lm = self.model(variant)
-            whole, fitted = self.prompts(variant, prompt, task, shots)
+            whole, fitted = self.with_worked(variant, prompt, task, shots)
             started = time.perf_counter()
             full = encode_prompts(lm, [whole])[0]
             prompt_ids = encode_prompts(lm, [whole], self.params.max_prompt_tokens)[0]
@@ -154,10 +152,10 @@ class Playground:
             before = Before([*start, *answer.ids[:position]], position)
             return steps(logits, before, settings, lm.model.generation_config)
 
-    def name(self, variant: str, token: int) -> str:
-        """A token as text."""
-        text: str = self.model(variant).tokenizer.decode([token])
-        return text
+    def texts(self, variant: str, tokens: Sequence[int]) -> dict[int, str]:
+        """The text of each token."""
+        tokenizer = self.model(variant).tokenizer
+        return {token: tokenizer.decode([token]) for token in tokens}
 
     def model(self, variant: str) -> "LanguageModel":
         """The model of a variant, opened the first time. Raises UserError when it cannot be."""
@@ -222,6 +220,40 @@ class Playground:
                     )
                 self._train[task] = random.Random(self.seed).sample(train, k=self.few)
             return self._train[task]
+
+
+def open_playground(root: Path, registered: Mapping[str, Variant]) -> Playground:
+    """The playground of a repository: the variants of its evaluation whose folder is there, and others.
+
+    Raises UserError when params.yaml is wrong, or there is nothing to ask.
+    """
+    data = read_yaml(root / PARAMS_FILE)
+    params, shared = read_section(data, "evaluate", Params), read_shared(data)
+    models = root / "models"
+    evaluated = {
+        name: Variant(models / variant.model, variant.shots)
+        for name, variant in params.variants.items()
+        if (models / variant.model).is_dir()
+    }
+    if not evaluated and not registered:
+        raise UserError("none of evaluate.variants has its folder under models/: `lifecycle run` makes them")
+    reward = models / ((params.alignment and params.alignment.reward) or "reward")
+    return Playground(
+        params,
+        evaluated | dict(registered),
+        root / "data" / "examples",
+        reward if reward.is_dir() else None,
+        shared.compute,
+        shared.seed,
+    )
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise UserError for a prompt that cannot be answered."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty: write one, or take a test example")
+    if len(prompt) > MAX_CHARACTERS:
+        raise UserError(f"the prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are allowed")
 
 
 def pieces(lm: "LanguageModel", ids: Sequence[int]) -> list[str]:
