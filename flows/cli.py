@@ -109,7 +109,7 @@ def chat(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
 ) -> None:
-    """Try the models on a page: side by side, with every decoding setting and the probabilities of each token."""
+    """Try the models on a page: side by side, every decoding setting, the probabilities of each token."""
     with _workspace() as root:
         from flows.chat import chat as serve_page
 

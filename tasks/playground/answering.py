@@ -83,7 +83,7 @@ class Playground:
             return [self.params.task]
 
     def example(self, task: str, number: int) -> Example:
-        """The test example `number` of a task, in the order in which the evaluation takes them, round and round.
+        """The test example `number` of a task, in the order in which the evaluation takes them, over and over.
 
         Raises UserError when there is none.
         """
@@ -100,7 +100,9 @@ class Playground:
         if shots == 0:
             return prompt, 0
         worked = self._worked(task)[:shots]
-        asked = Example(id="asked", task=task, instruction="{input}", input=prompt, outputs=("-",), group="asked")
+        asked = Example(
+            id="asked", task=task, instruction="{input}", input=prompt, outputs=("-",), group="asked"
+        )
         with self._turn:
             limit = self.params.max_prompt_tokens
             whole = shot_prompts(self.model(variant), [asked], worked, limit)[0]

@@ -1,7 +1,7 @@
-"""The probabilities of the next token, step by step, from what the model says to what an answer is drawn from.
+"""The probabilities of the next token, step by step: from what the model says to what an answer is drawn from.
 
-Each step is the logits processor of transformers that `generate` runs for that setting, in its order, so that the
-last step is the distribution `generate` draws from.
+Each step is the logits processor of transformers that `generate` runs for that setting, in the same order, so
+that the last step is the distribution `generate` draws from.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What stands before a token: ids that the settings look back at, of which the last `new` are the answer's."""
+    """What stands before a token: ids that settings look back at, of which the last `new` are the answer's."""
 
     ids: Sequence[int]
     new: int
@@ -63,7 +63,7 @@ def steps(logits: Tensor, before: Before, settings: Settings, ids: GenerationCon
     `logits` `[V]` are the model's, float32 on the CPU; `ids` holds its special tokens.
     """
     scores = logits.unsqueeze(0)
-    if settings.strategy == "Beam search":  # it adds up log-probabilities, and its settings are applied to these
+    if settings.strategy == "Beam search":  # whose settings are applied to log-probabilities
         scores = scores.log_softmax(dim=-1)
     seen = torch.tensor([list(before.ids)])
     found = [Step(RAW, scores[0])]

@@ -1,4 +1,4 @@
-"""The page: prompt, variants and settings on top, the answers below, and the distribution of any of their tokens."""
+"""The page: prompt, variants and settings, then the answers, and the distribution of any of their tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,8 +20,8 @@ element.addEventListener('click', event => {
 });
 """
 INTRO = (
-    "Ask several models the same thing, change how they choose their words, and see the probabilities that they "
-    "choose by."
+    "Ask several models the same thing, change how they choose their words, and see the probabilities "
+    "that they choose by."
 )
 Answers = dict[str, Answer | str]
 
@@ -47,7 +47,9 @@ def build(playground: Playground) -> gr.Blocks:
                     label="Variants",
                     elem_id="variants",
                 )
-                template = gr.Radio(TEMPLATES, value=TEMPLATES[0], label="Worked examples", info=_info(playground))
+                template = gr.Radio(
+                    TEMPLATES, value=TEMPLATES[0], label="Worked examples", info=_info(playground)
+                )
                 ask = gr.Button("Answer", variant="primary", elem_id="answer")
             with gr.Column(scale=2, min_width=320):
                 how = gr.Radio(STRATEGIES, value=strategy, label="Decoding", info=_HOW, elem_id="strategy")
@@ -75,7 +77,9 @@ def build(playground: Playground) -> gr.Blocks:
             [trouble, prompt, reference, number],
             **quiet,
         )
-        how.change(lambda wanted: [gr.update(visible=_used(s, wanted)) for s in SETTINGS], how, controls, **quiet)
+        how.change(
+            lambda wanted: [gr.update(visible=_used(s, wanted)) for s in SETTINGS], how, controls, **quiet
+        )
         answered = gr.on(
             [ask.click, prompt.submit],
             lambda text, of, chosen, shots, *asked: _answer(playground, text, of, chosen, shots, asked),

@@ -59,7 +59,7 @@ def strip(answer: Answer, position: int) -> str:
     """The tokens of an answer as buttons, the surer the model the darker; the one at `position` is marked."""
     buttons = [
         f'<button type="button" data-at="{at}" style="--sure:{sure:.3f}" title="{sure:.1%}"'
-        f'{" aria-current=true" if at == position else ""}>{_token(piece)}</button>'
+        f"{' aria-current=true' if at == position else ''}>{_token(piece)}</button>"
         for at, (piece, sure) in enumerate(zip(answer.pieces, answer.sureness, strict=True))
     ]
     return f'<div class="strip" role="group" aria-label="tokens of the answer">{"".join(buttons)}</div>'
@@ -71,8 +71,8 @@ def chart(
     """Bars for each token after each step, all on one scale; `names` are the tokens' texts."""
     top = max(value or 0.0 for row in rows for value in row.probabilities)
     heads = "".join(
-        f'<th scope="col">{html.escape(step.name)}<small>{int(step.kept.sum()):,} of {len(step.scores):,} left · '
-        f"{step.entropy:.2f} nats</small></th>"
+        f'<th scope="col">{html.escape(step.name)}<small>{int(step.kept.sum()):,} of {len(step.scores):,} left'
+        f" · {step.entropy:.2f} nats</small></th>"
         for step in found
     )
     lines = [_line(row, names[row.token], top) for row in rows]
@@ -81,8 +81,8 @@ def chart(
         lines.append(f'<tr class="others"><th scope="row">{rest.tokens:,} others</th>{others}</tr>')
     return (
         f'<div class="scroll"><table class="chart"><thead><tr><th scope="col">token</th>{heads}</tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table></div><p class="quiet">{HOW[strategy]} ▸ marks the token of the '
-        "answer. Nats say how open the choice is: 0 when one token is left.</p>"
+        f'<tbody>{"".join(lines)}</tbody></table></div><p class="quiet">{HOW[strategy]} ▸ marks the token of '
+        "the answer. Nats say how open the choice is: 0 when one token is left.</p>"
     )
 
 
@@ -99,12 +99,16 @@ def _line(row: Row, name: str, top: float) -> str:
 
 def _bar(value: float, top: float, kind: str) -> str:
     width = min(1.0, value / top)
-    return f'<span class="bar {kind}" style="--w:{width:.4f}"></span><span class="share">{_percent(value)}</span>'
+    return f'<span class="bar {kind}" style="--w:{width:.4f}"></span>{_share(_percent(value))}'
 
 
 def _cut(before: float, top: float) -> str:
     width = min(1.0, before / top)
-    return f'<span class="bar cut" style="--w:{width:.4f}"></span><span class="share">cut</span>'
+    return f'<span class="bar cut" style="--w:{width:.4f}"></span>{_share("cut")}'
+
+
+def _share(text: str) -> str:
+    return f'<span class="share">{text}</span>'
 
 
 def _percent(value: float) -> str:

@@ -17,8 +17,8 @@ LARGEST_SEED = 2**63 - 1
 class Setting(NamedTuple):
     """One number that a person can change.
 
-    It lies in low … high; `open_low` leaves out the lower end itself. `neutral` changes nothing. `step` null: typed
-    rather than dragged. `strategy` null: of every strategy.
+    It lies in low … high; `open_low` leaves out the lower end itself. `neutral` changes nothing. Without a `step`
+    it is typed rather than dragged, without a `strategy` it belongs to all of them.
     """
 
     name: str
@@ -36,8 +36,8 @@ SETTINGS = (
     Setting("max_new_tokens", "The answer is cut off after so many tokens.", 1, 512, 40, True),
     Setting("min_new_tokens", "The answer may not end before it has so many tokens; 0: whenever it likes.",
             0, 512, 0, True),
-    Setting("repetition_penalty", "Above 1, tokens that were there before become less likely, for a causal model "
-            "those of the prompt too; 1: off.", 0.5, 2.0, 1.0, False, step=0.05),
+    Setting("repetition_penalty", "Above 1, tokens that were there before become less likely, for a causal "
+            "model those of the prompt too; 1: off.", 0.5, 2.0, 1.0, False, step=0.05),
     Setting("no_repeat_ngram_size", "No run of so many tokens may come twice; 0: off.", 0, 20, 0, True),
     Setting("temperature", "Below 1 the likely tokens gain, above 1 the unlikely ones; 1: as the model says.",
             0.05, 3.0, 1.0, False, step=0.05, strategy="Sampling"),
@@ -45,9 +45,10 @@ SETTINGS = (
             strategy="Sampling"),
     Setting("top_p", "Only the likeliest tokens that together reach this probability are left; 1: all.",
             0.0, 1.0, 1.0, False, step=0.01, open_low=True, strategy="Sampling"),
-    Setting("min_p", "Only tokens with at least this share of the likeliest one's probability are left; 0: all.",
+    Setting("min_p", "Only tokens that have this share of the likeliest one's probability are left; 0: all.",
             0.0, 1.0, 0.0, False, step=0.01, strategy="Sampling"),
-    Setting("seed", "The same seed draws the same answer again.", 0, LARGEST_SEED, 1, True, strategy="Sampling"),
+    Setting("seed", "The same seed draws the same answer again.", 0, LARGEST_SEED, 1, True,
+            strategy="Sampling"),
     Setting("num_beams", "So many beginnings of answers are kept side by side; the likeliest whole one wins.",
             2, 16, 4, True, strategy="Beam search"),
     Setting("length_penalty", "Above 0 long answers win more often, below 0 short ones.", -5.0, 5.0, 1.0, False,
@@ -78,8 +79,12 @@ class Settings(NamedTuple):
         return self.strategy == "Sampling"
 
     def generation(self) -> dict[str, Any]:
-        """Fields of GenerationConfig. Those of sampling are always named: unnamed ones have defaults that cut."""
-        found: dict[str, Any] = {"do_sample": self.samples, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+        """Fields of GenerationConfig. Those of sampling are always named: some have defaults that cut."""
+        found: dict[str, Any] = {
+            "do_sample": self.samples,
+            "num_beams": 1,
+            "max_new_tokens": self.max_new_tokens,
+        }
         for name in ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
             value = self._asdict()[name]
             if value != BY_NAME[name].neutral:

@@ -18,9 +18,10 @@ STYLE = """
 .page .trouble { color: var(--ink); border: 1px solid var(--c1); border-left-width: 5px; border-radius: 6px;
   padding: 8px 12px; margin: 0; background: var(--panel); }
 .page .good { color: var(--c2); } .page .bad { color: var(--c1); font-weight: 700; }
-.page code, .page pre { font: 0.86rem/1.45 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; background: none; }
-.page pre { white-space: pre-wrap; margin: 6px 0 0; padding: 8px 10px; background: var(--shade); border-radius: 6px;
-  color: var(--ink); }
+.page code, .page pre { font: 0.86rem/1.45 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace;
+  background: none; }
+.page pre { white-space: pre-wrap; margin: 6px 0 0; padding: 8px 10px; background: var(--shade);
+  border-radius: 6px; color: var(--ink); }
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
   min-width: 0; display: flex; flex-direction: column; }
@@ -37,7 +38,8 @@ STYLE = """
 .strip button:hover { border-color: var(--c0); }
 .strip button[aria-current] { outline: 2px solid var(--c1); outline-offset: 1px; }
 .scroll { overflow-x: auto; }
-.page table.chart { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 340px; margin: 4px 0; }
+.page table.chart { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 340px;
+  margin: 4px 0; }
 .page .chart th, .page .chart td { text-align: left; vertical-align: middle; padding: 3px 10px 3px 0; border: 0;
   color: var(--ink); background: none; font-weight: 400; }
 .page .chart tr { border: 0; background: none; }
