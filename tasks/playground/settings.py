@@ -17,8 +17,8 @@ LARGEST_SEED = 2**63 - 1
 class Setting(NamedTuple):
     """One number that a person can change.
 
-    It lies in low … high; `open_low` leaves out the lower end itself. `neutral` changes nothing. Without a `step`
-    it is typed rather than dragged, without a `strategy` it belongs to all of them.
+    It lies in low … high; `open_low` leaves out the lower end itself. `neutral` changes nothing. Without a
+    `step` it is typed rather than dragged, without a `strategy` it belongs to all of them.
     """
 
     name: str
