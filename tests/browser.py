@@ -68,8 +68,8 @@ class Browser:
         return self
 
     def ask(self, expression: str = QUESTION) -> Any:
-        """The value of an expression in the page."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        """The value of an expression in the page; None where it is none that JSON has."""
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def until(self, expression: str) -> Any:
         """The value of an expression in the page, once it is true."""

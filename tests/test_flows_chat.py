@@ -1,5 +1,6 @@
 """`lifecycle chat`: who is let in, and the page in a real browser."""
 
+import json
 import os
 import signal
 import socket
@@ -117,9 +118,11 @@ def opened(tab: browser.Browser, service: Service, width: int = 1600, scheme: st
 
 
 def answered(tab: browser.Browser) -> None:
-    """Ask the variants that are ticked for the first test example, and wait until both have answered."""
+    """Ask the variants that are ticked for another test example, and wait until both have answered."""
+    prompt = "document.querySelector('#prompt textarea').value"
+    before = tab.ask(prompt)
     tab.ask("press('example')")
-    tab.until("document.querySelector('#prompt textarea').value !== ''")
+    tab.until(f"{prompt} !== {json.dumps(before)}")
     tab.ask("press('answer')")
     tab.until("document.querySelectorAll('#answers dl').length === 2 && text('chart') !== ''")
 
@@ -172,7 +175,8 @@ def test_a_setting_changes_the_picture_and_a_token_chooses_it(tab: browser.Brows
 
 
 def test_what_is_wrong_is_said_on_the_page(tab: browser.Browser, service: Service) -> None:
-    opened(tab, service).ask("press('answer')")
+    opened(tab, service).ask("type('prompt', '')")
+    tab.ask("press('answer')")
     tab.until("text('trouble').includes('the prompt is empty')")
     answered(tab)
     assert tab.ask("text('trouble')").strip() == ""
@@ -184,7 +188,7 @@ def test_what_is_wrong_is_said_on_the_page(tab: browser.Browser, service: Servic
 
 
 def test_a_prompt_is_shown_as_text(tab: browser.Browser, service: Service) -> None:
-    opened(tab, service).ask(f"type('prompt', {HOSTILE!r})")
+    opened(tab, service).ask(f"type('prompt', {json.dumps(HOSTILE)})")
     tab.ask("press('answer')")
     tab.until("document.querySelectorAll('#answers dl').length === 2")
     assert tab.ask("document.querySelector('#answers pre').textContent") == HOSTILE

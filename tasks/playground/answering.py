@@ -76,11 +76,8 @@ class Playground:
         self._turn = threading.RLock()
 
     def tasks(self) -> list[str]:
-        """The tasks of the test examples, the main one first; without examples, the main one alone."""
-        try:
-            return list(self._test_examples())
-        except UserError:
-            return [self.params.task]
+        """The tasks of the test examples, the main one first. Raises UserError without examples."""
+        return list(self._test_examples())
 
     def example(self, task: str, number: int) -> Example:
         """The test example `number` of a task, in the order in which the evaluation takes them, over and over.

@@ -1,7 +1,7 @@
 """The page: prompt, variants and settings, then the answers, and the distribution of any of their tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -26,21 +26,35 @@ INTRO = (
 Answers = dict[str, Answer | str]
 
 
+class First(NamedTuple):
+    """What stands in the page when it opens."""
+
+    prompt: str
+    reference: str
+
+
 def build(playground: Playground) -> gr.Blocks:
     """The page over `playground`."""
     strategy, values = first_values(playground.params.generation)
     names = list(playground.variants)
-    tasks = playground.tasks()
+    tasks, first = _first(playground)
     with gr.Blocks(title="LLM lifecycle: try the models", analytics_enabled=False) as page:
-        given, number = gr.State({}), gr.State(-1)
+        given, number, position = gr.State({}), gr.State(0), gr.State(0)
         gr.HTML(f'<h1>Try the models</h1><p class="quiet">{INTRO}</p>', elem_classes="page")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                prompt = gr.Textbox(label="Prompt", lines=9, max_lines=18, elem_id="prompt")
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     task = gr.Dropdown(tasks, value=tasks[0], label="Task", info=_TASK, min_width=160)
-                    another = gr.Button("Take a test example", elem_id="example", min_width=160)
-                reference = gr.Textbox(label="Reference", interactive=False, lines=1, elem_id="reference")
+                    another = gr.Button("Another test example", elem_id="example", min_width=160)
+                prompt = gr.Textbox(first.prompt, label="Prompt", lines=9, max_lines=18, elem_id="prompt")
+                reference = gr.Textbox(
+                    first.reference,
+                    label="Reference",
+                    info="What the example says is right",
+                    interactive=False,
+                    lines=1,
+                    elem_id="reference",
+                )
                 variants = gr.CheckboxGroup(
                     names,
                     value=[name for name in CHOSEN if name in names] or names[:2],
@@ -53,7 +67,8 @@ def build(playground: Playground) -> gr.Blocks:
                 ask = gr.Button("Answer", variant="primary", elem_id="answer")
             with gr.Column(scale=2, min_width=320):
                 how = gr.Radio(STRATEGIES, value=strategy, label="Decoding", info=_HOW, elem_id="strategy")
-                controls = [_control(setting, values[setting.name], strategy) for setting in SETTINGS]
+                with gr.Row():
+                    controls = [_control(setting, values[setting.name], strategy) for setting in SETTINGS]
         trouble = gr.HTML(elem_classes="page", elem_id="trouble")
         answers = gr.HTML(elem_classes="page", elem_id="answers")
         with gr.Column(visible=False, elem_id="tokens") as tokens:
@@ -62,7 +77,6 @@ def build(playground: Playground) -> gr.Blocks:
             with gr.Row():
                 back = gr.Button("◂ token before", size="sm", min_width=120)
                 on = gr.Button("token after ▸", size="sm", min_width=120, elem_id="after")
-            position = gr.State(0)
             strip = gr.HTML(elem_classes="page", elem_id="strip", js_on_load=ON_CLICK)
             chart = gr.HTML(elem_classes="page", elem_id="chart")
 
@@ -108,6 +122,16 @@ _TOKENS = (
 )
 
 
+def _first(playground: Playground) -> tuple[list[str], First]:
+    """The tasks of the test examples and the first of these; without examples the page is empty."""
+    try:
+        tasks = playground.tasks()
+        example = playground.example(tasks[0], 0)
+    except UserError:
+        return [playground.params.task], First("", "")
+    return tasks, First(example.prompt, example.reference)
+
+
 def _info(playground: Playground) -> str:
     return f"How many stand before the prompt: as in the evaluation, none, one, or {playground.few}"
 
@@ -120,8 +144,16 @@ def _control(setting: Setting, value: float, strategy: str) -> gr.Slider | gr.Nu
     about = {"label": setting.name, "info": setting.what, "elem_id": setting.name, "value": value}
     visible = _used(setting, strategy)
     if setting.step is None:
-        return gr.Number(**about, visible=visible)
-    return gr.Slider(setting.low, setting.high, step=setting.step, visible=visible, **about)
+        return gr.Number(**about, visible=visible, min_width=200)
+    return gr.Slider(
+        setting.low,
+        setting.high,
+        step=setting.step,
+        visible=visible,
+        min_width=200,
+        show_reset_button=False,
+        **about,
+    )
 
 
 def _checked(asked: Sequence[Any]) -> Settings:

@@ -4,11 +4,17 @@ STYLE = """
 .gradio-container {
   --ink: #1b1f24; --quiet: #57606a; --line: #d5d9de; --panel: #ffffff; --shade: #f0f2f4;
   --c0: #0072b2; --c1: #b85000; --c2: #007a5a;
+  --block-info-text-color: var(--quiet); --block-label-text-color: var(--ink);
+  --block-title-text-color: var(--ink);
+  --color-accent: var(--c0); --slider-color: var(--c0); --button-primary-background-fill: var(--c0);
+  --button-primary-background-fill-hover: color-mix(in srgb, var(--c0) 85%, var(--ink));
+  --checkbox-background-color-selected: var(--c0); --checkbox-border-color-selected: var(--c0);
+  --button-primary-text-color: #ffffff;
   max-width: 1500px !important; margin: 0 auto !important; color: var(--ink);
 }
 .dark .gradio-container, .gradio-container.dark {
   --ink: #e6e8ea; --quiet: #a3abb5; --line: #3a414a; --panel: #1c2026; --shade: #242a31;
-  --c0: #62b6f0; --c1: #f0a030; --c2: #35c49a;
+  --c0: #62b6f0; --c1: #f0a030; --c2: #35c49a; --button-primary-text-color: #10151a;
 }
 .gradio-container h1 { font-size: 1.6rem; margin: 6px 0 2px; }
 .gradio-container h2 { font-size: 1.15rem; margin: 18px 0 4px; }
