@@ -37,10 +37,12 @@ def main() -> None:
             if process.poll() is not None or time.monotonic() > end:
                 sys.exit("the page did not start")
             time.sleep(0.2)
-        with tempfile.TemporaryDirectory() as folder:
-            with browser.started(browser.found() or "chromium", Path(folder)) as tab:
-                _ask(tab.open(url, WIDTH, HEIGHT, "light"))
-                tab.picture(PICTURE)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            browser.started(browser.found() or "chromium", Path(folder)) as tab,
+        ):
+            _ask(tab.open(url, WIDTH, HEIGHT, "light"))
+            tab.picture(PICTURE)
     finally:
         process.terminate()
         process.wait()
