@@ -182,7 +182,7 @@ def test_what_is_wrong_is_said_on_the_page(tab: browser.Browser, service: Servic
     assert tab.ask("text('trouble')").strip() == ""
     tab.ask("type('max_new_tokens', '0')")
     tab.ask("press('answer')")
-    tab.until("text('trouble').includes('max_new_tokens is 0; it must be a whole number, 1 to 512')")
+    tab.until("text('trouble').includes('max_new_tokens is 0; it must be a whole number, 1 to 2048')")
     assert tab.ask("document.querySelectorAll('#answers dl').length") == 2
     assert "Traceback" not in service.log.read_text()
 

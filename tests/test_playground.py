@@ -152,7 +152,7 @@ def test_rows_hold_the_likeliest_tokens_the_chosen_one_and_the_rest() -> None:
         ("Sampling", {"top_k": 2.5}, "top_k is 2.5; it must be a whole number, 0 to 100"),
         ("Sampling", {"seed": -1}, "seed is -1; it must be a whole number from 0"),
         ("Sampling", {"temperature": math.nan}, "temperature is nan; it must be"),
-        ("Greedy", {"max_new_tokens": None}, "max_new_tokens is empty; it must be a whole number, 1 to 512"),
+        ("Greedy", {"max_new_tokens": None}, "max_new_tokens is empty; it must be a whole number, 1 to 2048"),
         ("Greedy", {"max_new_tokens": "many"}, "max_new_tokens is 'many'; it must be"),
         ("Greedy", {"max_new_tokens": 3, "min_new_tokens": 5}, "lower the first or raise the second"),
         ("Beam search", {"num_beams": 1}, "num_beams is 1; it must be a whole number, 2 to 16"),

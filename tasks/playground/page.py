@@ -80,9 +80,18 @@ def build(playground: Playground) -> gr.Blocks:
             strip = gr.HTML(elem_classes="page", elem_id="strip", js_on_load=ON_CLICK)
             chart = gr.HTML(elem_classes="page", elem_id="chart")
 
-        settings, shown = [how, *controls], [trouble, strip, chart]
+        settings, shown = [how, *controls], [strip, chart]
         looked_at = [given, whose, position, *settings]
-        see = _guarded(lambda found, name, at, *asked: _look(playground, found, name, at, asked), len(shown))
+        see = _guarded(lambda found, name, at, *asked: _look(playground, found, name, at, asked), 3)
+
+        def follow(*values: Any) -> list[Any]:
+            return see(*values)[1:]  # what is wrong was said already
+
+        def answer(
+            text: str, of: str, wanted: list[str], shots: str, *asked: Any
+        ) -> Iterator[list[Any]]:  # Gradio must see a generator
+            yield from _answer(playground, text, of, wanted, shots, asked)
+
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
         another.click(
@@ -96,21 +105,21 @@ def build(playground: Playground) -> gr.Blocks:
         )
         answered = gr.on(
             [ask.click, prompt.submit],
-            lambda text, of, chosen, shots, *asked: _answer(playground, text, of, chosen, shots, asked),
+            answer,
             [prompt, task, variants, template, *settings],
             [trouble, answers, given, whose, position, tokens],
             show_progress="hidden",
             concurrency_limit=1,
             api_visibility="private",
         )
-        answered.then(see, looked_at, shown, **quiet)
+        answered.then(follow, looked_at, shown, **quiet)
         for control in settings:
-            control.change(see, looked_at, shown, trigger_mode="always_last", **quiet)
-        whose.input(lambda: 0, None, position, **quiet).then(see, looked_at, shown, **quiet)
+            control.change(see, looked_at, [trouble, *shown], trigger_mode="always_last", **quiet)
+        whose.input(lambda: 0, None, position, **quiet).then(follow, looked_at, shown, **quiet)
         for button, by in ((back, -1), (on, 1)):
             moved = button.click(_mover(by), [given, whose, position], position, **quiet)
-            moved.then(see, looked_at, shown, **quiet)
-        strip.click(_clicked, None, position, **quiet).then(see, looked_at, shown, **quiet)
+            moved.then(follow, looked_at, shown, **quiet)
+        strip.click(_clicked, None, position, **quiet).then(follow, looked_at, shown, **quiet)
     return page
 
 

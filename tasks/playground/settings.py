@@ -33,9 +33,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("max_new_tokens", "The answer is cut off after so many tokens.", 1, 512, 40, True),
+    Setting("max_new_tokens", "The answer is cut off after so many tokens.", 1, 2048, 40, True),
     Setting("min_new_tokens", "The answer may not end before it has so many tokens; 0: whenever it likes.",
-            0, 512, 0, True),
+            0, 2048, 0, True),
     Setting("repetition_penalty", "Above 1, tokens that were there before become less likely, for a causal "
             "model those of the prompt too; 1: off.", 0.5, 2.0, 1.0, False, step=0.05),
     Setting("no_repeat_ngram_size", "No run of so many tokens may come twice; 0: off.", 0, 20, 0, True),
