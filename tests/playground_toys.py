@@ -24,7 +24,7 @@ def lay_out(root: Path) -> Path:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["compute"] = COMPUTE.model_dump()
     params["evaluate"]["generation"]["max_new_tokens"] = 6
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (root / "dvc.yaml").write_text("stages: {}\n")
     (root / ".dvc").mkdir()
     (root / "data" / "examples").mkdir(parents=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import browser
 import pytest
+from lm_toys import PEFT_WARNING
 from playground_toys import HOSTILE, ROOT, lay_out
 from toy import until
 
@@ -21,6 +22,7 @@ from flows import pages, server
 from tasks.stage import UserError
 
 PASSWORD = "open sesame"
+pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 TOOLS = """
 function type(id, text) {
   const field = document.querySelector(`#${id} input[type=number], #${id} textarea`);
@@ -182,7 +184,7 @@ def test_what_is_wrong_is_said_on_the_page(tab: browser.Browser, service: Servic
     assert tab.ask("text('trouble')").strip() == ""
     tab.ask("type('max_new_tokens', '0')")
     tab.ask("press('answer')")
-    tab.until("text('trouble').includes('max_new_tokens is 0; it must be a whole number, 1 to 2048')")
+    tab.until("text('trouble').includes('max_new_tokens is 0; it must be a whole number from 1 to 2,048')")
     assert tab.ask("document.querySelectorAll('#answers dl').length") == 2
     assert "Traceback" not in service.log.read_text()
 

@@ -1,8 +1,6 @@
 """What the page of `lifecycle chat` shows: distributions that `generate` draws from, settings, answers."""
 
-import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -147,15 +145,19 @@ def test_rows_hold_the_likeliest_tokens_the_chosen_one_and_the_rest() -> None:
 @pytest.mark.parametrize(
     ("strategy", "values", "words"),
     [
-        ("Sampling", {"temperature": 0}, "temperature is 0; it must be a number, 0.05 to 3"),
-        ("Sampling", {"top_p": 0}, "top_p is 0; it must be a number, more than 0 to 1"),
-        ("Sampling", {"top_k": 2.5}, "top_k is 2.5; it must be a whole number, 0 to 100"),
-        ("Sampling", {"seed": -1}, "seed is -1; it must be a whole number from 0"),
+        ("Sampling", {"temperature": 0}, "temperature is 0; it must be a number from 0.05 to 3"),
+        ("Sampling", {"top_p": 0}, "top_p is 0; it must be a number above 0, up to 1"),
+        ("Sampling", {"top_k": 2.5}, "top_k is 2.5; it must be a whole number from 0 to 100"),
+        ("Sampling", {"seed": -1}, "seed is -1; it must be a whole number from 0 to 4,294,967,295"),
         ("Sampling", {"temperature": math.nan}, "temperature is nan; it must be"),
-        ("Greedy", {"max_new_tokens": None}, "max_new_tokens is empty; it must be a whole number, 1 to 2048"),
+        (
+            "Greedy",
+            {"max_new_tokens": None},
+            "max_new_tokens is empty; it must be a whole number from 1 to 2,048",
+        ),
         ("Greedy", {"max_new_tokens": "many"}, "max_new_tokens is 'many'; it must be"),
         ("Greedy", {"max_new_tokens": 3, "min_new_tokens": 5}, "lower the first or raise the second"),
-        ("Beam search", {"num_beams": 1}, "num_beams is 1; it must be a whole number, 2 to 16"),
+        ("Beam search", {"num_beams": 1}, "num_beams is 1; it must be a whole number from 2 to 16"),
         ("Guessing", {}, "it must be one of Greedy, Sampling, Beam search"),
     ],
 )
@@ -273,19 +275,10 @@ def test_a_prompt_that_cannot_be_answered_is_refused(playground: Playground) -> 
 def test_a_registered_adapter_opens_on_the_base_beside_it(root: Path, tmp_path: Path) -> None:
     from tasks.registry.register import pack_model
 
+    pack_model(root / "models" / "finetune", tmp_path / "packed", "separate", COMPUTE)
     pack_model(root / "models" / "ppo", tmp_path / "plain", "separate", COMPUTE)
-    here = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        (tmp_path / "models").symlink_to(root / "models")
-        packed = tmp_path / "packed"
-        config = root / "models" / "finetune" / "adapter_config.json"
-        known = json.loads(config.read_text())
-        assert Path(known["base_model_name_or_path"]).is_dir()
-        pack_model(root / "models" / "finetune", packed, "separate", COMPUTE)
-    finally:
-        os.chdir(here)
-    both = open_playground(root, {"version 2": Variant(packed, 0), "version 1": Variant(tmp_path / "plain", 0)})
+    versions = {"version 2": Variant(tmp_path / "packed", 0), "version 1": Variant(tmp_path / "plain", 0)}
+    both = open_playground(root, versions)
     for version, variant in (("version 2", "finetune"), ("version 1", "ppo")):
         told = both.answer(version, PROMPT, "summarize", 0, asked())
         assert told.ids == both.answer(variant, PROMPT, "summarize", 0, asked()).ids

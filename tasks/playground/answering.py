@@ -236,7 +236,8 @@ def open_playground(root: Path, registered: Mapping[str, Variant]) -> Playground
     }
     if not evaluated and not registered:
         raise UserError("none of evaluate.variants has its folder under models/: `lifecycle run` makes them")
-    reward = models / ((params.alignment and params.alignment.reward) or "reward")
+    named = params.alignment.reward if params.alignment is not None else None
+    reward = models / (named or "reward")
     return Playground(
         params,
         evaluated | dict(registered),

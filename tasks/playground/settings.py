@@ -11,7 +11,7 @@ from tasks.stage import UserError
 
 Strategy = Literal["Greedy", "Sampling", "Beam search"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-LARGEST_SEED = 2**63 - 1
+LARGEST_SEED = 2**32 - 1
 
 
 class Setting(NamedTuple):
@@ -103,9 +103,10 @@ def check(strategy: str, values: Mapping[str, Any]) -> Settings:
 
     Raises UserError that says in one line which one is wrong and what it may be.
     """
-    if strategy not in STRATEGIES:
+    known = next((name for name in STRATEGIES if name == strategy), None)
+    if known is None:
         raise UserError(f"strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
-    used = {
+    used: dict[str, Any] = {
         setting.name: _checked(setting, values[setting.name])
         if setting.strategy in (None, strategy)
         else setting.neutral
@@ -116,13 +117,13 @@ def check(strategy: str, values: Mapping[str, Any]) -> Settings:
             f"min_new_tokens is {used['min_new_tokens']} and max_new_tokens {used['max_new_tokens']}: "
             "an answer cannot be longer than it may be; lower the first or raise the second"
         )
-    return Settings(strategy=strategy, **used)
+    return Settings(strategy=known, **used)
 
 
 def _checked(setting: Setting, value: Any) -> Any:
-    between = f"{'more than ' if setting.open_low else ''}{setting.low:g} to {setting.high:g}"
+    low, high = (f"{end:,}" if setting.whole else f"{end:g}" for end in (setting.low, setting.high))
     kind = "a whole number" if setting.whole else "a number"
-    wanted = f"it must be {kind}, {between}" if setting.high < LARGEST_SEED else f"it must be {kind} from 0"
+    wanted = f"it must be {kind} {f'above {low}, up to' if setting.open_low else f'from {low} to'} {high}"
     if value is None:
         raise UserError(f"{setting.name} is empty; {wanted}")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
