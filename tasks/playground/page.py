@@ -160,7 +160,7 @@ def _control(setting: Setting, value: float, strategy: str) -> gr.Slider | gr.Nu
         step=setting.step,
         visible=visible,
         min_width=200,
-        show_reset_button=False,
+        buttons=[],
         **about,
     )
 
