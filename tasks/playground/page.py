@@ -43,9 +43,7 @@ def build(playground: Playground) -> gr.Blocks:
         gr.HTML(f'<h1>Try the models</h1><p class="quiet">{INTRO}</p>', elem_classes="page")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                with gr.Row(equal_height=True):
-                    task = gr.Dropdown(tasks, value=tasks[0], label="Task", info=_TASK, min_width=160)
-                    another = gr.Button("Another test example", elem_id="example", min_width=160)
+                task = gr.Dropdown(tasks, value=tasks[0], label="Task", info=_TASK)
                 prompt = gr.Textbox(first.prompt, label="Prompt", lines=9, max_lines=18, elem_id="prompt")
                 reference = gr.Textbox(
                     first.reference,
@@ -64,7 +62,9 @@ def build(playground: Playground) -> gr.Blocks:
                 template = gr.Radio(
                     TEMPLATES, value=TEMPLATES[0], label="Worked examples", info=_info(playground)
                 )
-                ask = gr.Button("Answer", variant="primary", elem_id="answer")
+                with gr.Row():
+                    another = gr.Button("Another test example", elem_id="example", min_width=160)
+                    ask = gr.Button("Answer", variant="primary", elem_id="answer", min_width=160)
             with gr.Column(scale=2, min_width=320):
                 how = gr.Radio(STRATEGIES, value=strategy, label="Decoding", info=_HOW, elem_id="strategy")
                 with gr.Row():
