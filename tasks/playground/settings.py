@@ -36,8 +36,8 @@ SETTINGS = (
     Setting("max_new_tokens", "The answer is cut off after so many tokens.", 1, 2048, 40, True),
     Setting("min_new_tokens", "The answer may not end before it has so many tokens; 0: whenever it likes.",
             0, 2048, 0, True),
-    Setting("repetition_penalty", "Above 1, tokens that were there before become less likely, for a causal "
-            "model those of the prompt too; 1: off.", 0.5, 2.0, 1.0, False, step=0.05),
+    Setting("repetition_penalty", "Above 1, tokens that came before (of a causal model's prompt too) become "
+            "less likely; 1: off.", 0.5, 2.0, 1.0, False, step=0.05),
     Setting("no_repeat_ngram_size", "No run of so many tokens may come twice; 0: off.", 0, 20, 0, True),
     Setting("temperature", "Below 1 the likely tokens gain, above 1 the unlikely ones; 1: as the model says.",
             0.05, 3.0, 1.0, False, step=0.05, strategy="Sampling"),
