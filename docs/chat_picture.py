@@ -1,6 +1,6 @@
 """Write docs/chat.png: the page of `lifecycle chat` with two answers, in headless Chromium.
 
-    python docs/chat_picture.py      # after the pipeline has run; needs Chromium
+python docs/chat_picture.py      # after the pipeline has run; needs Chromium
 """
 
 import subprocess
