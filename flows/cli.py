@@ -1,4 +1,4 @@
-"""The command `lifecycle`: run, look, report, verify, upload, ui, register, promote,
+"""The command `lifecycle`: run, look, report, chat, verify, upload, ui, register, promote,
 lineage, reproduce, serve.
 
 `lifecycle COMMAND --help` has examples.
@@ -93,6 +93,27 @@ def report() -> None:
         from flows import page
 
         sys.stdout.write(f"{page.write(root).relative_to(root)}\n")
+
+
+@app.command(
+    epilog="Examples:  lifecycle chat   |   lifecycle chat --version champion   |   "
+    "LIFECYCLE_PASSWORD=... lifecycle chat --host 0.0.0.0"
+)
+def chat(
+    versions: Annotated[
+        list[str] | None,
+        typer.Option("--version", metavar="VERSION", help="A registered version too; repeatable."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than this machine alone needs LIFECYCLE_PASSWORD.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
+) -> None:
+    """Try the models on a page: side by side, every decoding setting, the probabilities of each token."""
+    with _workspace() as root:
+        from flows.chat import chat as serve_page
+
+        serve_page(root, versions or [], host, port)
 
 
 @app.command(epilog="Example:  lifecycle verify || echo 'see above how to mend it'")
