@@ -81,7 +81,8 @@ class Browser:
 
     def complaints(self, own: tuple[str, ...] = ("file:", "data:")) -> list[str]:
         """Console messages, log entries, exceptions, and requests that failed or were for anything but the page
-        and what is in it, whose addresses begin with one of `own`."""
+        and what is in it, whose addresses begin with one of `own`. What the page itself called off has not
+        failed, and what the browser tells at its most talkative is no complaint."""
         told = []
         for event in self.events:
             method, values = event.get("method", ""), event.get("params", {})
@@ -93,7 +94,8 @@ class Browser:
                 "Log.entryAdded",
                 "Network.loadingFailed",
             )
-            if outside or method in wrong:
+            harmless = values.get("canceled") or values.get("entry", {}).get("level") == "verbose"
+            if outside or (method in wrong and not harmless):
                 told.append(json.dumps(event)[:500])
         return told
 
