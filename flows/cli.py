@@ -1,4 +1,4 @@
-"""The command `lifecycle`: run, look, report, verify, upload, ui, register, promote,
+"""The command `lifecycle`: run, look, report, verify, upload, ui, label, register, promote,
 lineage, reproduce, serve.
 
 `lifecycle COMMAND --help` has examples.
@@ -135,6 +135,61 @@ def ui(
         from flows.ui import serve
 
         serve(root, mlflow_port, prefect_port)
+
+
+@app.command(
+    epilog="Examples:  lifecycle label   |   lifecycle label --variant finetune --variant ppo --labeler ann   "
+    "|   lifecycle label --variant ppo --samples 4 --new   |   lifecycle label --report"
+)
+def label(
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", metavar="NAME", help="Whose answers, of evaluate.variants; repeatable. Else all."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Answers of each variant; else 1, or 4 of a single one.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of sampling; 0: as the evaluation answers. Else 1.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the prompts; else evaluate.task.")
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation"] | None, typer.Option(help="Where prompts are taken from; else train.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many are drawn; else 50.")] = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="Put other prompts and answers on the page; what was ranked stays.")
+    ] = False,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the prompts that every labeler gets.")
+    ] = 0.2,
+    labeler: Annotated[str, typer.Option(metavar="NAME", help="Who ranks; else the page asks.")] = "",
+    host: Annotated[
+        str, typer.Option(help="Other than this machine alone needs a password in LIFECYCLE_PASSWORD.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7861,
+    report: Annotated[
+        bool, typer.Option("--report", help="Show who ranked how much and how far labelers agree, no page.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank answers in the browser, blind; every ranking is saved at once, and `feedback` can read them."""
+    with _workspace() as root:
+        from flows import label as desk
+
+        if report or as_json:
+            found = desk.report(root)
+            if as_json:
+                _write_json(found)
+            else:
+                desk.show(found)
+        else:
+            wishes = desk.Wishes(variants, samples, temperature, task, split, prompts)
+            desk.label(root, wishes, new, overlap, labeler, host, port)
 
 
 @app.command(
