@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from flows.rankings import Wanted
     from flows.run import Run
 
 INTERRUPTED = 130
@@ -62,14 +63,29 @@ def run(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run in this workspace to end.")
     ] = False,
+    wanted: Annotated[
+        int | None,
+        typer.Option(
+            "--wait-for-rankings", metavar="N", min=1, help="Before `feedback`, until people gave so many."
+        ),
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="2d", help="Wait no longer than this for rankings: 90s, 30m, 12h, 2d.")
+    ] = None,
+    late: Annotated[
+        Literal["stop", "go-on"],
+        typer.Option(help="At the deadline: end with 75, or go on with the rankings that are there."),
+    ] = "stop",
     as_json: AsJson = False,
 ) -> None:
     """Bring the pipeline up to date, running only what changed."""
     with _workspace() as root:
-        from flows import workspace
+        from flows import rankings, workspace
 
+        seconds = None if deadline is None else rankings.duration(deadline)
+        awaited = None if wanted is None else rankings.Wanted(wanted, seconds, late)
         with workspace.locked(root, wait):
-            code = _run(root, settings or [], presets or [], stages or [], force, jobs, as_json)
+            code = _run(root, settings or [], presets or [], stages or [], force, jobs, awaited, as_json)
     raise typer.Exit(code)
 
 
@@ -297,6 +313,7 @@ def _run(
     stages: list[str],
     force: bool,
     jobs: int,
+    wanted: "Wanted | None",
     as_json: bool,
 ) -> int:
     from flows import pipeline
@@ -312,7 +329,7 @@ def _run(
     for line in pipeline.mend(root):
         say(line)
     read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
-    planned = plan(root, stages, force, jobs)
+    planned = plan(root, stages, force, jobs, wanted)
     if planned.due:
         check_all()
     code = _carry_out(planned, quiet=as_json)

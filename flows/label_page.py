@@ -1,7 +1,7 @@
 """The page on which people rank answers: Gradio serves it, our own HTML and JavaScript (label.*) show it.
 
-Gradio's parts have no way to rank by keys, and show text as Markdown. Here prompts and answers reach the browser
-as JSON and are put in as text.
+Gradio's parts have no way to rank by keys, and show text as Markdown. Here prompts and answers reach the
+browser as JSON and are put in as text.
 """
 
 import hmac

@@ -6,7 +6,7 @@ What labelers say goes to a journal each (labels/answers); what `feedback` reads
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -45,8 +45,10 @@ def duration(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def check(root: Path) -> None:
-    """Raise UserError when `feedback` does not read people's rankings: to wait for them would be in vain."""
+def check(root: Path, stages: Collection[str]) -> None:
+    """Raise UserError when no stage of a run reads people's rankings: to wait for them would be in vain."""
+    if STAGE not in stages:
+        raise UserError(f"--wait-for-rankings: {STAGE} is not among the stages of this run")
     source = read_yaml(root / PARAMS_FILE).get(STAGE, {}).get("source", {})
     if source.get("kind") != "rankings":
         raise UserError(
@@ -80,6 +82,11 @@ def page(root: Path) -> str | None:
     """The address of the page, if it is open."""
     note = note_path(root)
     return note.read_text(encoding="utf-8") if note.is_file() else None
+
+
+def enough(root: Path, wanted: Wanted) -> bool:
+    """Whether there are as many rankings as wanted."""
+    return journal.count(root / ANSWERS) >= wanted.rankings
 
 
 def await_enough(
