@@ -1,10 +1,8 @@
 """People rank answers: make the sheet of prompts and answers, serve the page, report how far labelers agree."""
 
 import getpass
-import ipaddress
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from flows import label_page, rankings, server
+from flows import label_page, pages, rankings
 from tasks.labels import agreement, journal, sheet
 from tasks.labels.desk import Desk
 from tasks.labels.sheet import MOST_ANSWERS, Recipe, Sheet
@@ -22,11 +20,9 @@ from tasks.stage.lock import Lock, holder
 from tasks.stage.params import PARAMS_FILE, check_all, read_shared, read_yaml
 from tasks.stage.progress import progress
 
-PASSWORD = "LIFECYCLE_PASSWORD"  # noqa: S105 - the name of a variable
 EVALUATE = "evaluate"
 PROMPTS, TEMPERATURE = 50, 1.0
 SAMPLES_OF_ONE = 4
-SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,11 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
     Raises UserError for wishes that cannot be met, a port in use, or a host of others without a password;
     TryAgain when the page is served already.
     """
-    password = _password(host)
+    if not pages.is_loopback(host) and pages.PASSWORD not in os.environ and sys.stdin.isatty():
+        os.environ[pages.PASSWORD] = getpass.getpass("Password for labelers: ")
+    pages.check_host(host, port)
     if labeler:
         journal.path_of(root / rankings.ANSWERS, labeler)
-    if not server.is_free(port):
-        raise UserError(f"port {port} is in use: choose another with --port")
     lock = Lock(root / ".work" / "label.lock")
     if not lock.acquire():
         raise TryAgain(f"the page is served already by process {holder(lock.path)}: {rankings.page(root)}")
@@ -68,25 +64,20 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
             overlap,
             saved=lambda: rankings.collect_unless_running(root),
         )
-        _serve(root, desk, labeler, host, port, password)
+        _serve(root, desk, labeler, host, port)
     finally:
         lock.release()
 
 
-def _serve(root: Path, desk: Desk, labeler: str, host: str, port: int, password: str | None) -> None:
+def _serve(root: Path, desk: Desk, labeler: str, host: str, port: int) -> None:
     note = rankings.note_path(root)
     rankings.collect_unless_running(root)
-    with label_page.served(desk, labeler, host, port, password) as address:
-        note.write_text(address, encoding="utf-8")
-        sys.stdout.write(f"Rank answers at {address}; Ctrl-C ends it\n")
-        sys.stdout.flush()
-        try:
-            while True:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-        except KeyboardInterrupt:
-            say("ending it")
-        finally:
-            note.unlink(missing_ok=True)
+    page = label_page.build(desk, labeler)
+    note.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}", encoding="utf-8")
+    try:
+        pages.launch(page, host, port, label_page.LAYOUT)
+    finally:
+        note.unlink(missing_ok=True)
     collected = rankings.collect_unless_running(root)
     count = journal.count(root / rankings.ANSWERS)
     if collected and count:
@@ -127,23 +118,6 @@ def show(found: Mapping[str, Any]) -> None:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _password(host: str) -> str | None:
-    """The password of the page. Raises UserError when others can reach the page and there is none."""
-    given = os.environ.get(PASSWORD)
-    if given is None and not _loopback(host) and sys.stdin.isatty():
-        given = getpass.getpass("Password for labelers: ")
-    if not given and not _loopback(host):
-        raise UserError(f"--host {host} lets others in: set a password in the environment as {PASSWORD}")
-    return given or None
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _sheet(root: Path, wishes: Wishes, new: bool, seed: int) -> Sheet:

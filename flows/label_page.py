@@ -4,26 +4,22 @@ Gradio's parts have no way to rank by keys, and show text as Markdown. Here prom
 browser as JSON and are put in as text.
 """
 
-import hmac
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.labels.desk import Desk
 from tasks.stage.errors import UserError, disk_is_full, say, told
 
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "DejaVu Sans", "sans-serif"]
+if TYPE_CHECKING:
+    from gradio import Blocks
+
 LAYOUT = ".gradio-container { max-width: 1200px !important; margin: 0 auto; padding: 12px 14px !important; }"
 
 
-@contextmanager
-def served(desk: Desk, labeler: str, host: str, port: int, password: str | None) -> Iterator[str]:
-    """Serve the page while the block runs; gives its address.
-
-    `labeler` is who it speaks to first ("": it asks). With a `password` nobody gets in without it.
-    """
+def build(desk: Desk, labeler: str) -> "Blocks":
+    """The page; `labeler` is who it speaks to first ("": it asks)."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
@@ -47,29 +43,7 @@ def served(desk: Desk, labeler: str, host: str, port: int, password: str | None)
             server_functions=[view, judge, undo],
             labeler=labeler,
         )
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        auth=None
-        if password is None
-        else lambda _, given: hmac.compare_digest(given.encode(), password.encode()),
-        auth_message="Any name, and the password that you were told." if password is not None else None,
-        theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
-        css=LAYOUT,
-        prevent_thread_lock=True,
-        quiet=True,
-        inline=False,
-        share=False,
-        footer_links=[],
-        enable_monitoring=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-    )
-    try:
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    finally:
-        blocks.close(verbose=False)
+    return blocks
 
 
 def _judgement(values: Mapping[str, Any]) -> dict[str, Any]:

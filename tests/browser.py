@@ -54,13 +54,15 @@ class Browser:
         result: dict[str, Any] = answer["result"]
         return result
 
-    def open(self, path: Path, width: int, height: int, scheme: str) -> Self:
-        """Open a file in a window of this size, for people who prefer this colour scheme ("light", "dark")."""
+    def open(self, page: Path | str, width: int, height: int, scheme: str) -> Self:
+        """Open a file or an address in a window of this size, for people who prefer this colour scheme: "light"
+        or "dark".
+        """
         self.events.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
         return self
@@ -69,14 +71,22 @@ class Browser:
         """The value of an expression in the page."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
 
-    def complaints(self) -> list[str]:
+    def until(self, expression: str) -> Any:
+        """The value of an expression in the page, once it is true."""
+        end = time.monotonic() + SECONDS
+        while not (value := self.ask(expression)):
+            assert time.monotonic() < end, f"waited {SECONDS} s for {expression}"
+            time.sleep(0.05)
+        return value
+
+    def complaints(self, own: tuple[str, ...] = ("file:", "data:")) -> list[str]:
         """Console messages, log entries, exceptions, and requests that failed or were for anything but the page
-        and what is in it."""
+        and what is in it, whose addresses begin with one of `own`."""
         told = []
         for event in self.events:
             method, values = event.get("method", ""), event.get("params", {})
             address = values.get("request", {}).get("url", "")
-            outside = method == "Network.requestWillBeSent" and not address.startswith(("file:", "data:"))
+            outside = method == "Network.requestWillBeSent" and not address.startswith(own)
             wrong = (
                 "Runtime.consoleAPICalled",
                 "Runtime.exceptionThrown",
