@@ -15,7 +15,7 @@ from flows import label_page, pages, rankings
 from tasks.labels import agreement, journal, sheet
 from tasks.labels.desk import Desk
 from tasks.labels.sheet import MOST_ANSWERS, Recipe, Sheet
-from tasks.stage.errors import DataError, TryAgain, UserError, say
+from tasks.stage.errors import DataError, TryAgain, UserError, say, told
 from tasks.stage.lock import Lock, holder
 from tasks.stage.params import PARAMS_FILE, check_all, read_shared, read_yaml
 from tasks.stage.progress import progress
@@ -45,13 +45,13 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
     """
     if not pages.is_loopback(host) and pages.PASSWORD not in os.environ and sys.stdin.isatty():
         os.environ[pages.PASSWORD] = getpass.getpass("Password for labelers: ")
-    pages.check_host(host, port)
-    if labeler:
-        journal.path_of(root / rankings.ANSWERS, labeler)
     lock = Lock(root / ".work" / "label.lock")
     if not lock.acquire():
         raise TryAgain(f"the page is served already by process {holder(lock.path)}: {rankings.page(root)}")
     try:
+        pages.check_host(host, port)
+        if labeler:
+            journal.path_of(root / rankings.ANSWERS, labeler)
         seed = read_shared(read_yaml(PARAMS_FILE)).seed
         found = _sheet(root, wishes, new, seed)
         for path in sorted((root / rankings.ANSWERS).glob("*.jsonl")):
@@ -62,7 +62,7 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
             root / rankings.ANSWERS,
             seed,
             overlap,
-            saved=lambda: rankings.collect_unless_running(root),
+            saved=lambda: _collect(root),
         )
         _serve(root, desk, labeler, host, port)
     finally:
@@ -71,19 +71,28 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
 
 def _serve(root: Path, desk: Desk, labeler: str, host: str, port: int) -> None:
     note = rankings.note_path(root)
-    rankings.collect_unless_running(root)
+    _collect(root)
     page = label_page.build(desk, labeler)
     note.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}", encoding="utf-8")
     try:
         pages.launch(page, host, port, label_page.LAYOUT)
     finally:
         note.unlink(missing_ok=True)
-    collected = rankings.collect_unless_running(root)
+    collected = _collect(root)
     count = journal.count(root / rankings.ANSWERS)
     if collected and count:
         say(f"{count} rankings in {rankings.RANKINGS}; train on them: lifecycle run --preset labelled")
     elif count:
         say(f"{count} rankings in {rankings.ANSWERS}; a run has the workspace: they are collected later")
+
+
+def _collect(root: Path) -> bool:
+    """Collect what is saved in the journals; that this fails, on a full disk say, loses nothing."""
+    try:
+        return rankings.collect_unless_running(root)
+    except OSError as error:
+        say(f"warning: {rankings.RANKINGS} was not brought up to date: {told(error)}")
+        return False
 
 
 def report(root: Path) -> dict[str, Any]:
