@@ -255,7 +255,8 @@ def test_the_page_fits_its_window(tab: browser.Browser, service: Service, width:
 def test_a_second_page_says_where_the_first_is(service: Service) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", "label"], cwd=service.root,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=SECONDS, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=SECONDS,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 75
     assert f"served already by process {service.process.pid}: {service.url}" in done.stderr
