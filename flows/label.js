@@ -45,13 +45,13 @@ function choose(answer) {
   draw();
 }
 
+// Into the rest, onto the place `at`, or into the gap before it.
 function move(answer, where, at) {
-  const target = where === "join" ? places[at][0] : where === "gap" && at < places.length ? places[at][0] : null;
-  if (target === answer && (where === "gap" || places[at].length === 1)) return;
-  const alone = where === "gap" && places[at] && places[at].includes(answer);
-  const before = target === answer || alone ? places[at].find((each) => each !== answer) : target;
+  const inside = where !== "rest" && at < places.length;
+  const others = inside ? places[at].filter((each) => each !== answer) : [];
+  if (inside && !others.length) return; // onto itself
   remove(answer);
-  const found = places.findIndex((place) => place.includes(before));
+  const found = places.findIndex((place) => place.includes(others[0]));
   if (where === "join") places[found].push(answer);
   if (where === "gap") places.splice(found < 0 ? places.length : found, 0, [answer]);
   draw();
@@ -200,6 +200,7 @@ function pressed(event) {
 function begin(name) {
   ask("view", { labeler: name }, "").then(() => {
     if (view) remember(name);
+    else find("who").hidden = false;
   });
 }
 

@@ -49,11 +49,12 @@ def check(root: Path, stages: Collection[str]) -> None:
     """Raise UserError when no stage of a run reads people's rankings: to wait for them would be in vain."""
     if STAGE not in stages:
         raise UserError(f"--wait-for-rankings: {STAGE} is not among the stages of this run")
-    source = read_yaml(root / PARAMS_FILE).get(STAGE, {}).get("source", {})
-    if source.get("kind") != "rankings":
-        raise UserError(
-            "--wait-for-rankings: feedback.source does not read people's rankings; add --preset labelled"
-        )
+    match read_yaml(root / PARAMS_FILE):
+        case {"feedback": {"source": {"kind": "rankings"}}}:
+            return
+    raise UserError(
+        "--wait-for-rankings: feedback.source does not read people's rankings; add --preset labelled"
+    )
 
 
 def collect(root: Path) -> int:

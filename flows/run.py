@@ -162,6 +162,7 @@ class Run:
             say(f"{rankings.STAGE}: {message}")
             with self.pause(message) as told_to_go_on:
                 rankings.await_enough(self.root, wanted, self.stop, told_to_go_on, say)
+        self.wanted = None  # another attempt at the stage does not wait again
         above = _with_ancestors(self.stages, self._parents(self.stages[rankings.STAGE]))
         for name in self.stages:
             if name in above and pipeline.changes(self.root, [name])[name]:

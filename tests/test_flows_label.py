@@ -33,7 +33,6 @@ RECIPE = Recipe(
     prompts=14,
     seed=1,
 )
-PAGE = "document.querySelector('.work')"
 ITEM = "document.querySelector('.prompt').textContent"
 COUNT = "document.querySelector('.count').textContent"
 SAID = "document.querySelector('.said').textContent"
@@ -107,6 +106,20 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
         yield started
 
 
+def visible(*names: str) -> str:
+    return " || ".join(f"document.querySelector('.{name}')?.offsetParent" for name in names)
+
+
+def come_in(tab: browser.Browser, service: Service, labeler: str) -> None:
+    tab.open(service.url, 1600, 1000, "light")
+    tab.until(f"Boolean({visible('who', 'work')})")
+    tab.ask("document.querySelector('.change').click()")
+    tab.ask(
+        f"document.querySelector('.labeler').value = '{labeler}'; document.querySelector('.who button').click()"
+    )
+    tab.until(f"Boolean({visible('work')})")
+
+
 def press(tab: browser.Browser, *keys: str) -> None:
     for key in keys:
         code = CODES.get(key, f"Digit{key}" if key.isdigit() else f"Key{key.upper()}")
@@ -129,7 +142,7 @@ def finish(tab: browser.Browser, *keys: str, said: str = "Saved.") -> None:
     """Press the keys that end an item, and wait until the next one is there."""
     before = tab.ask(ITEM)
     press(tab, *keys)
-    tab.until(f"{ITEM} !== {json.dumps(before)} || document.querySelector('.end').offsetParent !== null")
+    tab.until(f"{ITEM} !== {json.dumps(before)} || Boolean({visible('end')})")
     assert tab.ask(SAID) == said
 
 
@@ -140,10 +153,7 @@ def rank(tab: browser.Browser) -> None:
 def test_ten_prompts_are_ranked_by_keys_through_a_kill_and_teach_a_reward_model(
     tab: browser.Browser, service: Service, workplace: Workplace
 ) -> None:
-    tab.open(service.url, 1600, 1000, "light")
-    tab.until("document.querySelector('.who')?.offsetParent")
-    tab.ask("document.querySelector('.labeler').value = 'ann'; document.querySelector('.who button').click()")
-    tab.until(f"{PAGE}.offsetParent")
+    come_in(tab, service, "ann")
 
     assert sorted(shown(tab)) == sorted(SHOWN)
     assert tab.ask("document.title") == "Rank answers"
@@ -178,7 +188,7 @@ def test_ten_prompts_are_ranked_by_keys_through_a_kill_and_teach_a_reward_model(
     finish(tab, "Enter")  # the same page, as it stands
     assert len(service.said()) == 6
     tab.open(service.url, 400, 900, "dark")
-    tab.until(f"{PAGE}.offsetParent")
+    tab.until(f"Boolean({visible('work')})")
     assert tab.ask(COUNT) == "6 of 14"
     while len(service.said()) < 11:
         rank(tab)
@@ -212,10 +222,7 @@ DRAG = """
 
 
 def test_answers_are_dragged_before_onto_and_away(tab: browser.Browser, service: Service) -> None:
-    tab.open(service.url, 1600, 1000, "light")
-    tab.until("document.querySelector('.who')?.offsetParent")
-    tab.ask("document.querySelector('.labeler').value = 'bob'; document.querySelector('.who button').click()")
-    tab.until(f"{PAGE}.offsetParent")
+    come_in(tab, service, "bob")
 
     def drag(answer: int, onto: str) -> Any:
         return tab.ask(f"{DRAG}({answer}, '{onto}')")
@@ -238,7 +245,7 @@ def test_answers_are_dragged_before_onto_and_away(tab: browser.Browser, service:
 @pytest.mark.parametrize("width", [400, 1600])
 def test_the_page_fits_its_window(tab: browser.Browser, service: Service, width: int) -> None:
     tab.open(service.url, width, 900, "dark")
-    tab.until("document.querySelector('.work')?.offsetParent || document.querySelector('.who')?.offsetParent")
+    tab.until(f"Boolean({visible('who', 'work')})")
     tab.ask("document.querySelector('.how').open = true")
     seen = tab.ask()
     assert seen["overflow"] <= 0
