@@ -15,7 +15,10 @@ from tasks.stage.errors import UserError, disk_is_full, say, told
 if TYPE_CHECKING:
     from gradio import Blocks
 
-LAYOUT = ".gradio-container { max-width: 1200px !important; margin: 0 auto; padding: 12px 14px !important; }"
+LAYOUT = (
+    ".gradio-container { max-width: 1200px !important; margin: 0 auto; padding: 12px 14px !important; }"
+    ".gradio-container main { padding: 0 !important; }"
+)
 
 
 def build(desk: Desk, labeler: str) -> "Blocks":

@@ -75,12 +75,12 @@ def give(toy: Toy, count: int, labeler: str = "ann") -> None:
 def test_a_run_goes_on_by_itself_as_soon_as_there_are_enough(toy: Toy, tmp_path: Path) -> None:
     give(toy, 2)
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(settled, toy, rankings.Wanted(5, 60.0, "stop"))
-        until(lambda: toy.starts() == ["prepare"], "the stage before")
+        waiting = thread.submit(settled, toy, rankings.Wanted(5, SECONDS, "stop"))
+        until(lambda: toy.starts() == ["prepare"], "the stage before", SECONDS)
         time.sleep(2 * rankings.SECONDS_BETWEEN_LOOKS)
         assert not waiting.done()
         give(toy, 3, "bob")
-        assert waiting.result(60).code == 0
+        assert waiting.result(SECONDS).code == 0
     assert len((toy.root / rankings.RANKINGS).read_text().splitlines()) == 5
     assert toy.starts() == ["prepare", "prepare", "feedback", "reward"]  # rankings are an input of prepare too
     assert "up to date" in toy.dvc("status").stdout
