@@ -80,10 +80,11 @@ def _serve(root: Path, desk: Desk, labeler: str, host: str, port: int) -> None:
         note.unlink(missing_ok=True)
     collected = _collect(root)
     count = journal.count(root / rankings.ANSWERS)
+    rows = f"{count} ranking{'s' * (count != 1)}"
     if collected and count:
-        say(f"{count} rankings in {rankings.RANKINGS}; train on them: lifecycle run --preset labelled")
+        say(f"{rows} in {rankings.RANKINGS}; train on them: lifecycle run --preset labelled")
     elif count:
-        say(f"{count} rankings in {rankings.ANSWERS}; a run has the workspace: they are collected later")
+        say(f"{rows} in {rankings.ANSWERS}; a run has the workspace: they are collected later")
 
 
 def _collect(root: Path) -> bool:

@@ -55,7 +55,7 @@ class Service:
         log = self.root / "label.log"
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "label", "--port", str(self.port), *options],
+                [sys.executable, "-m", "flows.cli", "label", "--port", str(self.port), "--overlap", "1", *options],
                 cwd=self.root, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=output, stderr=output,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
@@ -150,61 +150,6 @@ def rank(tab: browser.Browser) -> None:
     finish(tab, *(key_of(tab, text) for text in SHOWN), "Enter")
 
 
-def test_ten_prompts_are_ranked_by_keys_through_a_kill_and_teach_a_reward_model(
-    tab: browser.Browser, service: Service, workplace: Workplace
-) -> None:
-    come_in(tab, service, "ann")
-
-    assert sorted(shown(tab)) == sorted(SHOWN)
-    assert tab.ask("document.title") == "Rank answers"
-    assert tab.ask("document.querySelectorAll('.card b, .card img, .card script').length") == 0
-    assert tab.complaints(own=(service.url, "data:", "blob:")) == []
-    assert not any(name in tab.ask("document.documentElement.outerHTML") for name in ("finetune", '"ppo"'))
-
-    rank(tab)
-    press(tab, key_of(tab, SHOWN[0]), "=", key_of(tab, SHOWN[1]))
-    finish(tab, "Enter")  # the one that is left is the last
-    finish(tab, "b", said="Saved: all bad.")
-    finish(tab, "s", said="Skipped.")
-    assert tab.ask(COUNT) == "4 of 14"
-    finish(tab, "u", said="Taken back: judge it again.")
-    assert tab.ask(COUNT) == "3 of 14"
-    rank(tab)
-    press(tab, key_of(tab, SHOWN[2]), "Backspace", "Enter")
-    assert tab.ask(SAID) == "Not ranked yet: 1, 2, 3."
-    rank(tab)
-    given = list(service.said().values())
-    assert [each.verdict for each in given] == ["ranked", "ranked", "all bad", "ranked", "ranked"]
-    assert [each.levels for each in given] == [(0, 1, 2), (0, 0, 1), (0, 0, 0), (0, 1, 2), (0, 1, 2)]
-    assert all(list(each.completions) == SHOWN for each in given if each.verdict == "ranked" and not each.ties)
-
-    service.end(signal.SIGKILL)
-    waiting = tab.ask(ITEM)
-    press(tab, *(key_of(tab, text) for text in SHOWN), "Enter")
-    tab.until(f"{SAID}.startsWith('Not saved')")
-    assert tab.ask(ITEM) == waiting
-    assert len(service.said()) == 5
-    service.start("--labeler", "ann")
-    finish(tab, "Enter")  # the same page, as it stands
-    assert len(service.said()) == 6
-    tab.open(service.url, 400, 900, "dark")
-    tab.until(f"Boolean({visible('work')})")
-    assert tab.ask(COUNT) == "6 of 14"
-    while len(service.said()) < 11:
-        rank(tab)
-
-    assert service.end(signal.SIGINT) == 0
-    assert "10 rankings in inputs/rankings/people.jsonl" in (service.root / "label.log").read_text()
-    workplace.run("feedback")
-    metrics = workplace.metrics("feedback")
-    assert (metrics["train_prompts"] + metrics["test_prompts"], metrics["rejected_rows"]) == (10, 0)
-    assert metrics["train_pairs"] + metrics["test_pairs"] == 9 * 3 + 2
-    workplace.run("reward")
-    assert workplace.metrics("reward")["prompts"] == metrics["test_prompts"]
-    assert (workplace.root / "models" / "reward" / "model.safetensors").exists()
-    service.start()
-
-
 DRAG = """
 ((from, onto) => {
   const data = new DataTransfer();
@@ -260,6 +205,66 @@ def test_a_second_page_says_where_the_first_is(service: Service) -> None:
     )  # fmt: skip
     assert done.returncode == 75
     assert f"served already by process {service.process.pid}: {service.url}" in done.stderr
+
+
+def test_ten_prompts_are_ranked_by_keys_through_a_kill_and_teach_a_reward_model(
+    tab: browser.Browser, service: Service, workplace: Workplace
+) -> None:
+    come_in(tab, service, "ann")
+
+    assert sorted(shown(tab)) == sorted(SHOWN)
+    assert tab.ask("document.title") == "Rank answers"
+    assert tab.ask("document.querySelectorAll('.card b, .card img, .card script').length") == 0
+    assert tab.complaints(own=(service.url, "data:", "blob:")) == []
+    assert not any(name in tab.ask("document.documentElement.outerHTML") for name in ("finetune", '"ppo"'))
+
+    rank(tab)
+    press(tab, key_of(tab, SHOWN[0]), "=", key_of(tab, SHOWN[1]))
+    finish(tab, "Enter")  # the one that is left is the last
+    finish(tab, "b", said="Saved: all bad.")
+    finish(tab, "s", said="Skipped.")
+    assert tab.ask(COUNT) == "4 of 14"
+    finish(tab, "u", said="Taken back: judge it again.")
+    assert tab.ask(COUNT) == "3 of 14"
+    rank(tab)
+    press(tab, key_of(tab, SHOWN[2]), "Backspace", "Enter")
+    assert tab.ask(SAID) == "Not ranked yet: 1, 2, 3."
+    rank(tab)
+    given = list(service.said().values())
+    assert [each.verdict for each in given] == ["ranked", "ranked", "all bad", "ranked", "ranked"]
+    assert [each.levels for each in given] == [(0, 1, 2), (0, 0, 1), (0, 0, 0), (0, 1, 2), (0, 1, 2)]
+    assert all(list(each.completions) == SHOWN for each in given if each.verdict == "ranked" and not each.ties)
+
+    service.end(signal.SIGKILL)
+    waiting = tab.ask(ITEM)
+    press(tab, *(key_of(tab, text) for text in SHOWN), "Enter")
+    tab.until(f"{SAID}.startsWith('Not saved')")
+    assert tab.ask(ITEM) == waiting
+    assert len(service.said()) == 5
+    service.start("--labeler", "ann")
+    finish(tab, "Enter")  # the same page, as it stands
+    assert len(service.said()) == 6
+    tab.open(service.url, 400, 900, "dark")
+    tab.until(f"Boolean({visible('work')})")
+    assert tab.ask(COUNT) == "6 of 14"
+    while len(service.said()) < 11:
+        rank(tab)
+
+    assert service.end(signal.SIGINT) == 0
+    given = [
+        each for held in journal.read_all(service.root / rankings.ANSWERS).values() for each in held.values()
+    ]
+    preferring = [each for each in given if each.pairs]
+    assert len(preferring) >= 10
+    said = f"{len(preferring)} rankings in inputs/rankings/people.jsonl"
+    assert said in (service.root / "label.log").read_text()
+    workplace.run("feedback")
+    metrics = workplace.metrics("feedback")
+    assert metrics["train_prompts"] + metrics["test_prompts"] == len(preferring)
+    assert metrics["train_pairs"] + metrics["test_pairs"] == sum(len(each.pairs) for each in given)
+    workplace.run("reward")
+    assert workplace.metrics("reward")["prompts"] == metrics["test_prompts"]
+    assert (workplace.root / "models" / "reward" / "model.safetensors").exists()
 
 
 # --- what is asked for wrongly
