@@ -53,9 +53,10 @@ class Service:
 
     def start(self, *options: str) -> None:
         log = self.root / "label.log"
+        command = [sys.executable, "-m", "flows.cli", "label", "--port", str(self.port), "--overlap", "1"]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "label", "--port", str(self.port), "--overlap", "1", *options],
+                [*command, *options],
                 cwd=self.root, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=output, stderr=output,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
