@@ -150,7 +150,8 @@ async function ask(name, values, done) {
 function judge(verdict, done) {
   const seconds = Math.round(performance.now() - shown) / 1000;
   const ranks = [...Array(count()).keys()].map((answer) => places.findIndex((place) => place.includes(answer)) + 1);
-  ask("judge", { labeler: view.labeler, item: view.item.id, verdict, ranks, seconds }, done);
+  const { id, answers } = view.item;
+  ask("judge", { labeler: view.labeler, item: id, verdict, answers, ranks, seconds }, done);
 }
 
 function save() {

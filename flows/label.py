@@ -52,15 +52,14 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
         pages.check_host(host, port)
         if labeler:
             journal.path_of(root / rankings.ANSWERS, labeler)
-        seed = read_shared(read_yaml(PARAMS_FILE)).seed
-        found = _sheet(root, wishes, new, seed)
+        found = _sheet(root, wishes, new, read_shared(read_yaml(PARAMS_FILE)).seed)
         for path in sorted((root / rankings.ANSWERS).glob("*.jsonl")):
             if cut := journal.mend(path):
                 say(f"{path.relative_to(root)}: the last line was cut short (a crash?): {cut} bytes removed")
         desk = Desk(
             found.items,
             root / rankings.ANSWERS,
-            seed,
+            found.recipe.seed,
             overlap,
             saved=lambda: _collect(root),
         )

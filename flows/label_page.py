@@ -54,6 +54,7 @@ def _judgement(values: Mapping[str, Any]) -> dict[str, Any]:
         "labeler": values["labeler"],
         "name": values["item"],
         "verdict": values["verdict"],
+        "answers": values["answers"],
         "ranks": values["ranks"],
         "seconds": float(values["seconds"]),
     }

@@ -41,7 +41,7 @@ def give(toy: Toy, count: int, labeler: str = "ann") -> None:
     at = Desk(items(count), toy.root / rankings.ANSWERS, 1, 1.0, saved=lambda: None)
     for _ in range(count):
         shown = at.view(labeler)["item"]
-        at.judge(labeler, shown["id"], "ranked", [1, 2, 3], 1.0)
+        at.judge(labeler, shown["id"], "ranked", shown["answers"], [1, 2, 3], 1.0)
 
 
 def test_a_run_goes_on_by_itself_as_soon_as_there_are_enough(toy: Toy, tmp_path: Path) -> None:

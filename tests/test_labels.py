@@ -29,7 +29,8 @@ def rank(at: Desk, labeler: str, best_first: list[list[str]]) -> dict[str, Any]:
     """Rank the item that is shown as `best_first` says, and return the next view."""
     shown = at.view(labeler)["item"]
     place = {text: rank for rank, texts in enumerate(best_first, start=1) for text in texts}
-    return at.judge(labeler, shown["id"], "ranked", [place[text] for text in shown["answers"]], 1.5)
+    ranks = [place[text] for text in shown["answers"]]
+    return at.judge(labeler, shown["id"], "ranked", shown["answers"], ranks, 1.5)
 
 
 # --- the sheet
@@ -140,7 +141,7 @@ def test_a_name_that_makes_no_file_name_is_refused(tmp_path: Path, name: str) ->
     item = here.view("ann")["item"]["id"]
     for act in (
         lambda: here.view(name),
-        lambda: here.judge(name, item, "skipped", [], 1.0),
+        lambda: here.judge(name, item, "skipped", TEXTS, [], 1.0),
         lambda: here.undo(name),
     ):
         with pytest.raises(UserError, match="expected up to 40 letters"):
@@ -163,7 +164,7 @@ def test_order_is_the_same_after_a_restart_and_another_for_another_labeler(tmp_p
         here, found = desk(folder), []
         while (item := here.view(labeler)["item"]) is not None:
             found.append((item["id"], tuple(item["answers"])))
-            here.judge(labeler, item["id"], "skipped", [], 0.1)
+            here.judge(labeler, item["id"], "skipped", item["answers"], [], 0.1)
             here = desk(folder) if restart else here
         return found
 
@@ -195,7 +196,7 @@ def test_the_overlap_is_for_all_and_the_rest_for_who_comes_first(tmp_path: Path)
 def test_what_somebody_skipped_is_for_the_others(tmp_path: Path) -> None:
     here = desk(tmp_path, count=3, overlap=0.0)
     for verdict in ("skipped", "all bad", "skipped"):
-        here.judge("ann", here.view("ann")["item"]["id"], verdict, [], 1.0)
+        here.judge("ann", here.view("ann")["item"]["id"], verdict, TEXTS, [], 1.0)
     assert here.view("bob")["total"] == 2
 
 
@@ -218,11 +219,14 @@ def test_an_answer_given_twice_counts_once(tmp_path: Path) -> None:
     here = desk(tmp_path)
     item = here.view("ann")["item"]["id"]
     for verdict in ("all bad", "skipped"):
-        assert here.judge("ann", item, verdict, [], 1.0)["done"] == 1
+        assert here.judge("ann", item, verdict, TEXTS, [], 1.0)["done"] == 1
     assert journal.read(tmp_path / "ann.jsonl")[item].verdict == "all bad"
-    for name, verdict in (("0" * 16, "skipped"), (here.view("ann")["item"]["id"], "undone")):
+    item = here.view("ann")["item"]["id"]
+    for name, verdict, answers in (
+        ("0" * 16, "skipped", TEXTS), (item, "undone", TEXTS), (item, "all bad", TEXTS[1:]),
+    ):  # fmt: skip
         with pytest.raises(UserError, match="load the page again"):
-            here.judge("ann", name, verdict, [], 1.0)
+            here.judge("ann", name, verdict, answers, [], 1.0)
 
 
 def test_what_was_said_outlives_the_sheet_and_only_preferences_are_collected(tmp_path: Path) -> None:
@@ -233,7 +237,7 @@ def test_what_was_said_outlives_the_sheet_and_only_preferences_are_collected(tmp
     rank(here, "ann", [[TEXTS[1]], [TEXTS[0], TEXTS[2]]])
     rank(here, "ann", [TEXTS])
     for verdict in ("all bad", "skipped"):
-        here.judge("ann", here.view("ann")["item"]["id"], verdict, [], 1.0)
+        here.judge("ann", here.view("ann")["item"]["id"], verdict, TEXTS, [], 1.0)
     rank(here, "bob", [[text] for text in TEXTS])
     other = Desk(items(4, of="another day"), folder, 1, 1.0, saved=lambda: None)
     rank(other, "ann", [[text] for text in TEXTS])
@@ -316,8 +320,8 @@ def test_full_agreement_is_1_and_the_opposite_is_below_0(tmp_path: Path) -> None
 def test_who_skips_says_nothing_and_all_bad_says_that_none_is_better(tmp_path: Path) -> None:
     here = desk(tmp_path, count=1)
     name = here.view("ann")["item"]["id"]
-    here.judge("ann", name, "skipped", [], 1.0)
-    here.judge("bob", name, "all bad", [], 1.0)
+    here.judge("ann", name, "skipped", TEXTS, [], 1.0)
+    here.judge("bob", name, "all bad", TEXTS, [], 1.0)
     alone = report(journal.read_all(tmp_path))
     assert (alone["all"]["pairs"], alone["all"]["alpha"], alone["items_of_several"]) == (0, None, 0)
     rank(here, "eve", [TEXTS[:2], TEXTS[2:]])

@@ -42,22 +42,29 @@ class Desk:
             return self._view(labeler)
 
     def judge(
-        self, labeler: str, name: str, verdict: str, ranks: Sequence[int], seconds: float
+        self,
+        labeler: str,
+        name: str,
+        verdict: str,
+        answers: Sequence[str],
+        ranks: Sequence[int],
+        seconds: float,
     ) -> dict[str, Any]:
-        """Save what `labeler` says of the item `name`, whose answers, as they were shown, have these ranks.
+        """Save what `labeler` says of the item `name`: the `answers`, in the order shown, and the rank of each.
 
         Returns the next view. An item that is judged already (in another window, say) is left as it is. Raises
-        UserError when the ranks do not fit, or there is no such item.
+        UserError when the ranks do not fit, or there is no such item with these answers.
         """
         path = journal.path_of(self._folder, labeler)
-        if name not in self._items or verdict not in OTHER_VERDICTS:
+        texts = [answer.text for answer in self._items[name].answers] if name in self._items else []
+        if not texts or sorted(answers) != sorted(texts) or verdict not in OTHER_VERDICTS:
             raise UserError("the prompts were exchanged meanwhile: load the page again")
         with self._lock:
             said = self._said.setdefault(labeler, {})
             if name not in said:
-                item, places = self._items[name], self._places(labeler, name)
+                places = [texts.index(text) for text in answers]
                 kind: Any = verdict
-                judgement = journal.judged(item, labeler, kind, ranks, places, _now(), seconds)
+                judgement = journal.judged(self._items[name], labeler, kind, ranks, places, _now(), seconds)
                 journal.append(path, judgement)
                 said[name] = judgement
                 self._saved()
