@@ -47,7 +47,8 @@ def label(root: Path, wishes: Wishes, new: bool, overlap: float, labeler: str, h
         os.environ[pages.PASSWORD] = getpass.getpass("Password for labelers: ")
     lock = Lock(root / ".work" / "label.lock")
     if not lock.acquire():
-        raise TryAgain(f"the page is served already by process {holder(lock.path)}: {rankings.page(root)}")
+        where = rankings.page(root) or "it is starting"
+        raise TryAgain(f"the page is served already by process {holder(lock.path)}: {where}")
     try:
         pages.check_host(host, port)
         if labeler:
