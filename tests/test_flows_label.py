@@ -89,10 +89,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def service(workplace: Workplace) -> Iterator[Service]:
     service = Service(workplace.root)
-    service.start()
-    yield service
-    if service.end(None) is None:
-        service.end(signal.SIGKILL)
+    try:
+        service.start()
+        yield service
+    finally:
+        if service.end(None) is None:
+            service.end(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
