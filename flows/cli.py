@@ -1,5 +1,5 @@
-"""The command `lifecycle`: run, look, report, chat, verify, upload, ui, register, promote,
-lineage, reproduce, serve.
+"""The command `lifecycle`: run, look, report, chat, label, verify, upload, ui, register,
+promote, lineage, reproduce, serve.
 
 `lifecycle COMMAND --help` has examples.
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from flows.rankings import Wanted
     from flows.run import Run
 
 INTERRUPTED = 130
@@ -62,14 +63,29 @@ def run(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run in this workspace to end.")
     ] = False,
+    wanted: Annotated[
+        int | None,
+        typer.Option(
+            "--wait-for-rankings", metavar="N", min=1, help="Before `feedback`, until people gave so many."
+        ),
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="2d", help="Wait no longer than this for rankings: 90s, 30m, 12h, 2d.")
+    ] = None,
+    late: Annotated[
+        Literal["stop", "go-on"],
+        typer.Option(help="At the deadline: end with 75, or go on with the rankings that are there."),
+    ] = "stop",
     as_json: AsJson = False,
 ) -> None:
     """Bring the pipeline up to date, running only what changed."""
     with _workspace() as root:
-        from flows import workspace
+        from flows import rankings, workspace
 
+        seconds = None if deadline is None else rankings.duration(deadline)
+        awaited = None if wanted is None else rankings.Wanted(wanted, seconds, late)
         with workspace.locked(root, wait):
-            code = _run(root, settings or [], presets or [], stages or [], force, jobs, as_json)
+            code = _run(root, settings or [], presets or [], stages or [], force, jobs, awaited, as_json)
     raise typer.Exit(code)
 
 
@@ -156,6 +172,61 @@ def ui(
         from flows.ui import serve
 
         serve(root, mlflow_port, prefect_port)
+
+
+@app.command(
+    epilog="Examples:  lifecycle label   |   lifecycle label --variant finetune --variant ppo --labeler ann   "
+    "|   lifecycle label --variant ppo --samples 4 --new   |   lifecycle label --report"
+)
+def label(
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", metavar="NAME", help="Whose answers, of evaluate.variants; repeatable. Else all."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Answers of each variant; else 1, or 4 of a single one.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of sampling; 0: as the evaluation answers. Else 1.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the prompts; else evaluate.task.")
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation"] | None, typer.Option(help="Where prompts are taken from; else train.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many are drawn; else 50.")] = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="Put other prompts and answers on the page; what was ranked stays.")
+    ] = False,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the prompts that every labeler gets.")
+    ] = 0.2,
+    labeler: Annotated[str, typer.Option(metavar="NAME", help="Who ranks; else the page asks.")] = "",
+    host: Annotated[
+        str, typer.Option(help="Other than this machine alone needs a password in LIFECYCLE_PASSWORD.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7861,
+    report: Annotated[
+        bool, typer.Option("--report", help="Show who ranked how much and how far labelers agree, no page.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank answers in the browser, blind; every ranking is saved at once, and `feedback` can read them."""
+    with _workspace() as root:
+        from flows import label as desk
+
+        if report or as_json:
+            found = desk.report(root)
+            if as_json:
+                _write_json(found)
+            else:
+                desk.show(found)
+        else:
+            wishes = desk.Wishes(variants, samples, temperature, task, split, prompts)
+            desk.label(root, wishes, new, overlap, labeler, host, port)
 
 
 @app.command(
@@ -263,6 +334,7 @@ def _run(
     stages: list[str],
     force: bool,
     jobs: int,
+    wanted: "Wanted | None",
     as_json: bool,
 ) -> int:
     from flows import pipeline
@@ -278,7 +350,7 @@ def _run(
     for line in pipeline.mend(root):
         say(line)
     read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
-    planned = plan(root, stages, force, jobs)
+    planned = plan(root, stages, force, jobs, wanted)
     if planned.due:
         check_all()
     code = _carry_out(planned, quiet=as_json)

@@ -5,16 +5,20 @@ DVC alone decides what is up to date, so Prefect caches and keeps nothing. A sta
 on it and nothing else.
 """
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
+from uuid import UUID
 
-from prefect import flow, task
+from prefect import flow, get_client, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Cancelled, Completed, Failed, Paused, Running
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task
 
@@ -23,6 +27,7 @@ from flows.report import as_markdown, as_rows
 from flows.run import INTERRUPTED, Run
 
 SECONDS_TO_SEND = 10.0
+SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -42,6 +47,7 @@ def settle(run: Run, name: str) -> State[None]:
 def lifecycle(run: Run) -> State[None]:
     """Bring every stage of `run` up to date."""
     run.flow_run_id = str(flow_run.id)
+    run.pause = lambda message: paused(run.flow_run_id, message)
     futures: dict[str, PrefectFuture[Any]] = {}
     for stage in run.stages.values():
         stage_task = settle.with_options(
@@ -57,6 +63,34 @@ def lifecycle(run: Run) -> State[None]:
     create_table_artifact(as_rows(run), key="stages", description="What became of each stage")
     create_markdown_artifact(as_markdown(run), key="summary", description="The run in short")
     return _end(run)
+
+
+@contextmanager
+def paused(run_id: str, message: str) -> Iterator[Callable[[], bool]]:
+    """Show a flow run as paused while the block runs; gives a function: has somebody resumed it in the UI?
+
+    A server that does not answer stops nobody from waiting.
+    """
+    looked = time.monotonic()
+    with get_client(sync_client=True) as client:
+
+        def resumed() -> bool:
+            nonlocal looked
+            if time.monotonic() < looked + SECONDS_BETWEEN_LOOKS:
+                return False
+            looked = time.monotonic()
+            with suppress(Exception):
+                state = client.read_flow_run(UUID(run_id)).state
+                return state is not None and not state.is_paused()
+            return False
+
+        with suppress(Exception):
+            client.set_flow_run_state(run_id, Paused(message=message), force=True)
+        try:
+            yield resumed
+        finally:
+            with suppress(Exception):
+                client.set_flow_run_state(run_id, Running(), force=True)
 
 
 def start(run: Run) -> None:

@@ -3,8 +3,8 @@
 import hmac
 import ipaddress
 import os
+import socket
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 from flows import server
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PASSWORD = "LIFECYCLE_PASSWORD"  # noqa: S105 - the name of the variable
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "DejaVu Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "DejaVu Sans Mono", "monospace")
+SECONDS_TO_END = 1  # an open page holds a connection for as long as it is open
 ASKED = "The password is that of LIFECYCLE_PASSWORD; the name does not matter."
 
 
@@ -43,35 +44,47 @@ def launch(page: "Blocks", host: str, port: int, css: str) -> None:
 
     No share link, no telemetry, no file of this machine. Raises UserError as `check_host` does.
     """
+    import uvicorn
+    from fastapi import FastAPI
+    from gradio import mount_gradio_app
     from gradio.themes import Base, Font
 
     check_host(host, port)
-    page.launch(
+    # not Blocks.launch, which gives up when the server is not up within 5 s and says that the port is taken
+    app = mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="",
         server_name=host,
         server_port=port,
         auth=_knows if os.environ.get(PASSWORD) else None,
         auth_message=ASKED,
         theme=Base(font=[Font(name) for name in FONTS], font_mono=[Font(name) for name in MONO]),
         css=css,
-        share=False,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
+        show_error=False,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
     )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                sys.stdout.write(f"{address}\n")
+                sys.stdout.flush()
+                say("Ctrl-C ends it")
+
     try:
-        sys.stdout.write(f"http://{host}:{port}\n")
-        sys.stdout.flush()
-        say("Ctrl-C ends it")
-        threading.Event().wait()
+        config = uvicorn.Config(
+            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END
+        )
+        Server(config).run()
     except KeyboardInterrupt:
         say("ending it")
-    finally:
-        page.close(verbose=False)
 
 
 def _knows(_name: str, password: str) -> bool:

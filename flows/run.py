@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import pipeline
+from flows import pipeline, rankings
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
@@ -49,7 +50,9 @@ class Run:
 
     `changed` says why a stage would run, `forced` names those that run in any case. At most `jobs` stages run
     side by side, and besides them one that asks for a GPU: without one it has the cores instead, which two
-    stages would fight for.
+    stages would fight for. The stage that reads people's rankings first waits until there are as many as
+    `wanted`; `pause` is told why, for as long as that takes, and gives a function that says whether to wait no
+    longer.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Run:
         changed: Mapping[str, tuple[Change, ...]],
         forced: frozenset[str],
         jobs: int,
+        wanted: rankings.Wanted | None = None,
     ) -> None:
         self.root = root
         self.stages = stages
@@ -68,7 +72,10 @@ class Run:
         self.stop = threading.Event()
         self.parent: Recorder | None = None
         self.flow_run_id = ""
-        self.due = _with_descendants(stages, {*forced, *(name for name in stages if changed[name])})
+        self.wanted = wanted
+        self.pause: Callable[[str], AbstractContextManager[Callable[[], bool]]] = _no_pause
+        awaiting = {rankings.STAGE} if wanted else set()
+        self.due = _with_descendants(stages, {*forced, *awaiting, *(name for name in stages if changed[name])})
         self._cpu = threading.BoundedSemaphore(jobs)
         self._gpu = threading.BoundedSemaphore(1)
 
@@ -108,6 +115,8 @@ class Run:
         try:
             if self.stop.is_set():
                 raise Stopped
+            if self.wanted is not None and name == rankings.STAGE:
+                self._await_rankings(self.wanted)
             if self._up_to_date(name):
                 result.state = "cached"
             else:
@@ -143,6 +152,22 @@ class Run:
         if self.parent is not None:
             self.parent.tags({"prefect.flow_run_id": self.flow_run_id})
             tracking.end_parent(self.parent, _status(self.code))
+
+    def _await_rankings(self, wanted: rankings.Wanted) -> None:
+        """Wait for people, then settle again what reads the same folder as their rankings."""
+        message = rankings.invitation(self.root, wanted)
+        if rankings.enough(self.root, wanted):
+            rankings.collect(self.root)
+        else:
+            say(f"{rankings.STAGE}: {message}")
+            with self.pause(message) as told_to_go_on:
+                rankings.await_enough(self.root, wanted, self.stop, told_to_go_on, say)
+        self.wanted = None  # another attempt at the stage does not wait again
+        above = _with_ancestors(self.stages, self._parents(self.stages[rankings.STAGE]))
+        for name in self.stages:
+            if name in above and pipeline.changes(self.root, [name])[name]:
+                self.due.add(name)
+                self.settle(name)
 
     def _up_to_date(self, name: str) -> bool:
         if name in self.forced:
@@ -202,11 +227,17 @@ def has_gpu() -> bool:
     return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
-def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int = 2) -> Run:
+def plan(
+    root: Path,
+    targets: Iterable[str] = (),
+    force: bool = False,
+    jobs: int = 2,
+    wanted: rankings.Wanted | None = None,
+) -> Run:
     """A run of the stages `targets` and all they need; of every stage when none is named.
 
     `force` runs the named stages (all of them, when none is) though they are up to date. Raises UserError for
-    an unknown stage or a wrong dvc.yaml.
+    an unknown stage, a wrong dvc.yaml, or rankings that are `wanted` though no stage of the run reads them.
     """
     graph = pipeline.read_graph(root)
     named = list(targets)
@@ -215,8 +246,10 @@ def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int
             raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
     chosen = _with_ancestors(graph, named) if named else set(graph)
     stages = {name: stage for name, stage in graph.items() if name in chosen}
+    if wanted is not None:
+        rankings.check(root, stages)
     forced = frozenset(named or stages) if force else frozenset[str]()
-    return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs)
+    return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs, wanted)
 
 
 def metrics(root: Path, name: str) -> dict[str, Any]:
@@ -246,6 +279,11 @@ def commit(root: Path) -> str | None:
         check=False,
     )
     return answer.stdout.strip() or None
+
+
+@contextlib.contextmanager
+def _no_pause(_: str) -> Iterator[Callable[[], bool]]:
+    yield lambda: False
 
 
 def _status(code: int) -> Status:

@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
-from toy import Toy, build, until
+from label_toys import toy_that_waits
+from toy import CHILD_SECONDS, Toy, build, until
 
-from flows import pipeline, processes, report, run, server
+from flows import pipeline, processes, rankings, report, run, server
 
 DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
 
@@ -445,3 +446,23 @@ def _runs(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_run_that_waits_for_people_is_paused_and_can_be_resumed(tmp_path: Path, served: str) -> None:
+    toy = toy_that_waits(tmp_path / "toy")
+    rankings.note_path(toy.root).write_text("http://127.0.0.1:7861")
+    process = toy.start("run", "--wait-for-rankings", "9", "--deadline", "2h")
+
+    def newest() -> dict[str, Any]:
+        return next(iter(ask(served, "flow_runs")), {"state": {"type": ""}})
+
+    until(lambda: newest()["state"]["type"] == "PAUSED", "the pause")
+    message = "waiting for 9 rankings, 0 are there: rank answers at http://127.0.0.1:7861"
+    assert newest()["state"]["message"] == message
+    assert toy.starts() == ["prepare"]
+    resume = f"{served}/flow_runs/{newest()['id']}/resume"
+    urllib.request.urlopen(urllib.request.Request(resume, b"{}", {"Content-Type": "application/json"})).close()
+    output, _ = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == 0, output
+    assert newest()["state"]["type"] == "COMPLETED"
+    assert toy.starts() == ["prepare", "feedback", "reward"]
