@@ -274,13 +274,14 @@ def test_a_killed_stage_is_recorded_as_killed_by_its_sender(workspace: Path, mlf
 
 
 def test_a_stop_request_is_recorded_as_killed(workspace: Path, mlflow_store: str) -> None:
+    pipeline = Pipeline()
     (workspace / "hold").touch()
-    process = start_stage(workspace)
+    process = start_stage(workspace, LIFECYCLE_PARENT_RUN_ID=pipeline.run.id)
     until((workspace / "ready").exists)
     os.killpg(process.pid, signal.SIGTERM)  # the sender hears it too, and stays
-    process.communicate(timeout=SECONDS)
+    pipeline.send_until_the_end_of(process)
     assert process.returncode == 143
-    assert runs(mlflow_store) == [("toy", "KILLED")]
+    assert sorted(runs(mlflow_store)) == [("lifecycle", "RUNNING"), ("toy", "KILLED")]
     assert last(workspace)["mlflow_run_id"] is not None
 
 
