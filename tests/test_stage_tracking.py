@@ -62,6 +62,7 @@ seed: 5
 compute: {{device: auto, precision: auto, threads: null}}
 toy: {{steps: 3, hub_token: {TOKEN}, source: "https://me:hunter2@example.org/rows"}}
 """
+OF_MLFLOW = pytest.mark.filterwarnings("ignore")  # what MLflow warns of when it is called in this process
 GRAPH = "stages:\n  toy:\n    cmd: python -m toy\n    params: [seed, compute, toy]\n"
 
 
@@ -201,6 +202,7 @@ class Pipeline:
         return process.communicate(timeout=SECONDS)[1]
 
 
+@OF_MLFLOW
 def test_a_killed_stage_is_recorded_as_killed_by_its_pipeline(workspace: Path, mlflow_store: str) -> None:
     pipeline = Pipeline()
     (workspace / "hold").touch()
@@ -213,6 +215,7 @@ def test_a_killed_stage_is_recorded_as_killed_by_its_pipeline(workspace: Path, m
     assert sorted(runs(mlflow_store)) == [("lifecycle", "RUNNING"), ("toy", "KILLED")]
 
 
+@OF_MLFLOW
 def test_what_a_pipeline_cannot_send_is_told_by_the_stage_and_arrives_later_once(
     workspace: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +276,7 @@ def test_a_killed_stage_is_recorded_as_killed_by_its_sender(workspace: Path, mlf
     assert spooled(workspace) == []
 
 
+@OF_MLFLOW
 def test_a_stop_request_is_recorded_as_killed(workspace: Path, mlflow_store: str) -> None:
     pipeline = Pipeline()
     (workspace / "hold").touch()
