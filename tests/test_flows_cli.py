@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +133,10 @@ def test_upload_has_nothing_to_send(toy: Toy) -> None:
     assert json.loads(toy.lifecycle("upload", "--json").stdout) == {"sent": [], "kept": [], "problem": None}
 
 
-def test_both_uis_come_up_and_end_together(toy: Toy, tmp_path: Path, mlflow_store: str) -> None:
+def test_both_uis_come_up_and_end_together(
+    toy: Toy, tmp_path: Path, mlflow_store: str, prefect_template: Path
+) -> None:
+    shutil.copytree(prefect_template, tmp_path, dirs_exist_ok=True)
     ports = [server.free_port(), server.free_port()]
     options = ("--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1]))
     command = toy.start("ui", *options)

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import tasks
+from flows import pipeline
+from flows.run import Run, plan
 
 CHILD_SECONDS = 120
 DVC_CONFIG = """\
@@ -123,6 +126,18 @@ class Toy:
             [sys.executable, "-m", "flows.cli", *arguments], cwd=self.root, env=self.environment(environment),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
+
+    def settle(self, **harm: str) -> Run:
+        """Bring the repository up to date in this process and without Prefect; its children get `harm` too."""
+        with pytest.MonkeyPatch.context() as patch:
+            site_cache = {"DVC_SITE_CACHE_DIR": str(self.root / ".work" / "dvc")}
+            for name, value in self.environment(site_cache | harm).items():
+                patch.setenv(name, value)
+            pipeline.mend(self.root)
+            run = plan(self.root)
+            run.settle_rest()
+            run.close()
+        return run
 
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
