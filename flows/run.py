@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import pipeline
+from flows import pipeline, point
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
 from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
+from tasks.stage.params import PARAMS_FILE, read_yaml
 from tasks.stage.recorder import Recorder, Status
 
 INTERRUPTED = 130
@@ -64,6 +65,7 @@ class Run:
         self.stages = stages
         self.changed = changed
         self.forced = forced
+        self.point = point.read(root)
         self.results = {name: Result(name) for name in stages}
         self.stop = threading.Event()
         self.parent: Recorder | None = None
@@ -74,7 +76,10 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What runs, in a few words: the stages that changed, and how many more may follow."""
+        """What runs, in a few words: the point of a sweep, or the stages that changed, and how many more may
+        follow."""
+        if self.point is not None:
+            return self.point.title
         if not self.due:
             return "nothing to do"
         own = [name for name in self.stages if name in self.forced or self.changed[name]]
@@ -96,7 +101,11 @@ class Run:
         """Start the run's own record in MLflow, parent of those of its stages."""
         if os.environ.get("LIFECYCLE_TRACKING") != "off":
             revision = commit(self.root)
-            self.parent = tracking.start_parent(self.title, {"git.commit": revision} if revision else {})
+            tags = {"git.commit": revision} if revision else {}
+            if self.point is not None:
+                tags |= self.point.tags
+            self.parent = tracking.start_parent(self.title, tags)
+            self.parent.params(read_yaml(self.root / PARAMS_FILE))
 
     def settle(self, name: str) -> Result:
         """Bring one stage up to date; its parents are.
@@ -111,7 +120,8 @@ class Run:
             if self._up_to_date(name):
                 result.state = "cached"
             else:
-                with self._gpu if self.stages[name].meta.gpu else self._cpu:
+                slot = self._gpu if self.stages[name].meta.gpu else self._cpu
+                with point.once(self.point, name, self.root, self.stop), slot:
                     result.state = self._reproduce(name, result)
         except Stopped:
             result.state = "stopped"

@@ -68,6 +68,17 @@ def tag_committed(parent: Recorder, recording: str, outs: Mapping[str, str], com
     parent.tag_run(recording, tags | ({"git.commit": commit} if commit else {}))
 
 
+def prepare_store(root: Path) -> str:
+    """The address of the store for processes that run in other folders, with the experiment made in it: files of
+    runs lie where it was made. What a store that does not answer says is not asked for: runs are kept then."""
+    wanted = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+    if (file := wanted.removeprefix("sqlite:///")) != wanted:
+        wanted = f"sqlite:///{root / file}"
+    with _quiet(), suppress(Exception):
+        _experiment(_client())
+    return wanted
+
+
 # --- later
 
 
