@@ -39,8 +39,12 @@ class Point:
     @property
     def tags(self) -> dict[str, str]:
         """What its runs in MLflow are found by."""
-        found = {"sweep": self.sweep, "sweep.point": self.name, "sweep.number": str(self.number)}
-        return found | ({"sweep.early": "true"} if self.early else {})
+        return {
+            "sweep": self.sweep,
+            "sweep.point": self.name,
+            "sweep.number": str(self.number),
+            "sweep.early": str(self.early).lower(),
+        } | {f"set.{key}": str(value) for key, value in self.settings.items()}
 
 
 def write(folder: Path, point: Point) -> None:
