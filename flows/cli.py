@@ -191,6 +191,35 @@ def apply(
             sweep_command.apply(root, wanted, force)
 
 
+@app.command(
+    epilog="Examples:  lifecycle compare method-beta-1a2b3c   |   lifecycle compare HEAD~1 .   |   "
+    "lifecycle compare champion method-beta-1a2b3c/3 3f2a9c   |   lifecycle compare main . --metric '*.rougeL'"
+)
+def compare(
+    wanted: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...",
+            help="Each a sweep (NAME, all its points), a point (NAME/POINT), a git revision, the MLflow id of a "
+            "pipeline's run or its beginning, a registered version (number, alias, models:NAME/VERSION), or . for "
+            "the workspace. sweep:, git:, run: or models: in front says which is meant.",
+        ),
+    ],
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="STAGE.KEY", help="Show this metric; * fits anything; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what differs: params, metrics with intervals, and which differences are real."""
+    with _workspace() as root:
+        from flows import compare_command
+
+        found = compare_command.run(root, wanted, metrics or [], quiet=as_json)
+        if as_json:
+            _write_json(found)
+
+
 @app.command(epilog="Example:  lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'")
 def status(as_json: AsJson = False) -> None:
     """Say of each stage whether it is up to date, what changed, and whether it runs now."""

@@ -1,4 +1,4 @@
-"""The comparison as one page, reports/compare.html: params that differ, metrics, and their intervals as pictures.
+"""The comparison as one page, reports/compare.html: params that differ, metrics, intervals as pictures.
 
 It asks for nothing from the network and runs no script. All that comes from data is escaped.
 """
@@ -30,18 +30,22 @@ def html(found: Comparison, view: str | None) -> str:
     sides = "".join(
         f"<li><b>{letter(number)}</b> {escape(side.label)}</li>" for number, side in enumerate(found.sides)
     )
-    link = f'<p><a href="{escape(view)}">The same in MLflow</a> while <code>lifecycle ui</code> runs.</p>'
+    link = (
+        f'<p><a href="{escape(view)}">The same in MLflow</a> while <code>lifecycle ui</code> runs</p>'
+        if view
+        else ""
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>Comparison</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>Comparison</h1><ul>{sides}</ul>{link if view else ''}</header><main>"
+        f"<header><h1>Comparison</h1><ul>{sides}</ul>{link}</header><main>"
         f"<section><h2>Params that differ</h2>{_params(found)}</section>"
         f"<section><h2>Metrics</h2>{_metrics(found)}</section>"
         f"<section><h2>Intervals</h2>{_pictures(found)}</section></main>"
-        "<footer><p>Written by <code>lifecycle compare</code>. Intervals in square brackets are 95 %. ≠: they do "
-        "not overlap with those of A, so the difference is real; ≈: they do, and it may be none.</p></footer>"
+        "<footer><p>Written by <code>lifecycle compare</code>. Intervals in square brackets are 95 %. ≠: they "
+        "do not overlap with those of A, so the difference is real; ≈: they do, and it may be none.</p></footer>"
         "</body></html>\n"
     )
 
@@ -50,7 +54,7 @@ def _params(found: Comparison) -> str:
     if not found.params:
         return '<p class="empty">None.</p>'
     rows = "".join(
-        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value or "–")}</td>' for value in values)}</tr>"
+        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{_param(value)}</td>' for value in values)}</tr>"
         for key, values in found.params.items()
     )
     return _table("param", found, rows)
@@ -64,6 +68,10 @@ def _metrics(found: Comparison) -> str:
         for name, numbers in found.metrics.items()
     )
     return _table("metric", found, rows) + f'<p class="quiet">Equal and not shown: {found.equal}.</p>'
+
+
+def _param(value: str | None) -> str:
+    return "–" if value is None else escape(value)
 
 
 def _cell(number: Number | None) -> str:

@@ -223,7 +223,7 @@ def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int
     for name in named:
         if name not in graph:
             raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
-    chosen = _with_ancestors(graph, named) if named else set(graph)
+    chosen = with_ancestors(graph, named) if named else set(graph)
     stages = {name: stage for name, stage in graph.items() if name in chosen}
     forced = frozenset(named or stages) if force else frozenset[str]()
     return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs)
@@ -262,11 +262,12 @@ def _status(code: int) -> Status:
     return "FINISHED" if code == 0 else "KILLED" if code == INTERRUPTED else "FAILED"
 
 
-def _with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+def with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """`names`, and all that they depend on."""
     found: set[str] = set()
     for name in names:
         if name not in found:
-            found |= {name, *_with_ancestors(stages, stages[name].parents)}
+            found |= {name, *with_ancestors(stages, stages[name].parents)}
     return found
 
 

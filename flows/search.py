@@ -2,8 +2,8 @@
 
     .work/sweeps/NAME/optuna.db      the study, for `optuna-dashboard` too
 
-The choice for trial n depends on `seed` of params.yaml, on n and on the trials before, not on when the search was
-interrupted. A trial that was cut short goes on with the params it had.
+The choice for trial n depends on `seed` of params.yaml, on n and on the trials before, not on when the search
+was interrupted. A trial that was cut short goes on with the params it had.
 """
 
 import json
@@ -17,7 +17,6 @@ from flows import grid, sweep
 from flows.grid import Range
 from flows.sweep import Record, Sweep
 from tasks.stage.errors import UserError
-from tasks.stage.params import PARAMS_FILE, read_yaml
 
 FILE = "optuna.db"
 STARTUP = 4  # trials that run whole before any is given up
@@ -39,10 +38,9 @@ class Search:
         self._ranges = grid.searched(chosen.search)
         self._objective, self._direction = goal(chosen.objective)
         self._early = [goal(each) for each in chosen.early]
-        self._seed = int(read_yaml(root / PARAMS_FILE)["seed"])
+        self._seed = sweep.seed(root, chosen)
         self._fixed = {key: values[0] for key, values in map(grid.axis, chosen.settings)}
         self._guard = threading.Lock()
-        self._tries: set[int] = set()  # that were begun again by this run
         self._study = optuna.create_study(
             study_name=chosen.name,
             storage=f"sqlite:///{sweep.place(root, chosen.name) / FILE}",
@@ -50,11 +48,14 @@ class Search:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
             load_if_exists=True,
         )
+        for found in self._study.get_trials(deepcopy=False)[len(records) :]:  # a kill came between the two
+            self._begin(optuna.trial.Trial(self._study, found._trial_id))
 
     def take(self, running: Collection[Record]) -> Record | None:
         """A trial that was cut short, or a new one while there are some left."""
+        busy = {record.number for record in running}
         for record in self._records:
-            if record.state in ("waiting", "stopped", "running") and record not in running:
+            if record.state in ("waiting", "stopped") and record.number not in busy:
                 return record
         if len(self._records) >= self._sweep.trials:
             return None
@@ -79,21 +80,25 @@ class Search:
         if record.state == "pruned":
             return
         with self._guard:
-            if record.state == "done":
-                record.value = metric(folder, self._objective)
-                self._study.tell(self._trial(record), record.value)
-            else:
-                self._study.tell(self._trial(record), state=self._optuna.trial.TrialState.FAIL)
+            trial = self._trial(record)
+            try:
+                record.value = metric(folder, self._objective) if record.state == "done" else None
+            finally:
+                failed = self._optuna.trial.TrialState.FAIL if record.value is None else None
+                self._study.tell(trial, record.value, state=failed)
 
     def _ask(self) -> Record:
-        """Begin a trial, and write it down before it runs."""
         number = len(self._records) + 1
         self._study.sampler = self._optuna.samplers.TPESampler(
             seed=self._seed * 10_007 + number, n_startup_trials=STARTUP, constant_liar=True
         )
         with self._guard:
-            trial = self._study.ask()
-            chosen = {key: self._suggest(trial, key, within) for key, within in self._ranges.items()}
+            return self._begin(self._study.ask())
+
+    def _begin(self, trial: Any) -> Record:
+        """Choose the params of a trial, and write it down before it runs."""
+        number = trial.number + 1
+        chosen = {key: self._suggest(trial, key, within) for key, within in self._ranges.items()}
         settings = {**self._fixed, **chosen}
         record = Record(number, grid.name(number, settings, list(chosen)), settings)
         self._records.append(record)
@@ -111,6 +116,26 @@ class Search:
         """Optuna's trial of a record, also of one that an earlier run began."""
         found = self._study.get_trials(deepcopy=False)[record.number - 1]
         return self._optuna.trial.Trial(self._study, found._trial_id)
+
+
+def check(root: Path, tried: Sweep, stages: Collection[str]) -> None:
+    """Raise UserError for a search that cannot work; `stages` are those that run."""
+    if not tried.objective:
+        raise UserError("a search needs --objective STAGE.KEY (of metrics/STAGE.json)")
+    for option, text in (("--objective", tried.objective), *(("--early", each) for each in tried.early)):
+        stage = goal(text)[0].partition(".")[0]
+        if stage not in stages:
+            raise UserError(f"{option} {text}: the stage {stage} does not run; {', '.join(stages)} do")
+    for setting in tried.settings:
+        if len(grid.axis(setting)[1]) > 1:
+            raise UserError(f"--set {setting}: one value, or --search {setting} to choose among them")
+    ranges = grid.searched(tried.search)
+    for end in (0, -1):
+        settings = {
+            key: within.choices[end] if within.choices else (within.low, within.high)[end]
+            for key, within in ranges.items()
+        }
+        sweep.check_params(root, tried, settings)
 
 
 def goal(text: str) -> tuple[str, Direction]:

@@ -140,10 +140,10 @@ def begin(root: Path, definition: Sweep, named: bool) -> Sweep:
     """
     if named and not re.fullmatch(NAME, definition.name):
         raise UserError(f"--name {definition.name}: letters, digits, - and _ only")
-    base = snapshot.take(root, "workspace of a sweep")
-    same = _identity(root, replace(definition, base=base))
+    definition = replace(definition, base=snapshot.take(root, "workspace of a sweep"))
+    same = _identity(root, definition)
     name = definition.name if named else f"{definition.name}-{same[:6]}"
-    sweep = replace(definition, name=name, base=base)
+    sweep = replace(definition, name=name)
     if (place(root, name) / "sweep.json").is_file():
         known = load(root, name)
         if _identity(root, known) != same:
@@ -159,6 +159,19 @@ def begin(root: Path, definition: Sweep, named: bool) -> Sweep:
             keep(root, name, record)
     write_json(place(root, name) / "sweep.json", asdict(sweep))
     return sweep
+
+
+def check_params(root: Path, sweep: Sweep, settings: Mapping[str, Any]) -> None:
+    """Raise ParamsError when the workspace as it is would have wrong params with these settings."""
+    _params(root, (root / PARAMS_FILE).read_text(encoding="utf-8"), sweep, settings)
+
+
+def seed(root: Path, sweep: Sweep) -> int:
+    """`seed` of the params that the sweep started from."""
+    from ruamel.yaml import YAML
+
+    text = snapshot.read(root, sweep.base, str(PARAMS_FILE)) or ""
+    return int(YAML(typ="safe", pure=True).load(text)["seed"])
 
 
 def load(root: Path, name: str) -> Sweep:

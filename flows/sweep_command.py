@@ -8,6 +8,7 @@ from typing import Any
 
 from flows import grid, pipeline, sweep, sweep_display, workspace
 from flows.apply import apply as bring
+from flows.run import with_ancestors
 from flows.sweep import Grid, Plan, Record, Sweep, Work
 from tasks.stage.errors import UserError, say
 
@@ -109,7 +110,18 @@ def _begin(root: Path, tried: Tried, name: str) -> Sweep:
         presets=tried.presets,
         settings=tried.settings,
         stages=tried.stages,
+        search=tried.search,
+        objective=tried.objective,
+        early=tried.early,
+        trials=tried.trials if tried.search else 0,
     )
+    if tried.search:
+        from flows import search
+
+        stages = with_ancestors(graph, tried.stages or graph)
+        search.check(root, definition, [name for name in graph if name in stages])
+    elif tried.objective or tried.early:
+        raise UserError("--objective and --early belong to a search: say --search SECTION.KEY=LOW..HIGH too")
     with workspace.locked(root):  # a run would change what the sweep starts from
         return sweep.begin(root, definition, bool(name))
 
@@ -122,6 +134,10 @@ def _name(tried: Tried) -> str:
 
 
 def _plan(root: Path, chosen: Sweep, records: list[Record]) -> Plan:
+    if chosen.search:
+        from flows.search import Search
+
+        return Search(root, chosen, records)
     return Grid(records, list(pipeline.read_graph(root)))
 
 
