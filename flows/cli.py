@@ -200,9 +200,9 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B ...",
-            help="Each a sweep (NAME, all its points), a point (NAME/POINT), a git revision, the MLflow id of a "
-            "pipeline's run or its beginning, a registered version (number, alias, models:NAME/VERSION), or . for "
-            "the workspace. sweep:, git:, run: or models: in front says which is meant.",
+            help="Each a sweep (NAME, all its points), a point (NAME/POINT), a git revision, the MLflow id of "
+            "a pipeline's run or its beginning, a registered version (number, alias, models:NAME/VERSION), or "
+            ". for the workspace. sweep:, git:, run: or models: in front says which is meant.",
         ),
     ],
     metrics: Annotated[

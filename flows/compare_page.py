@@ -40,12 +40,12 @@ def html(found: Comparison, view: str | None) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>Comparison</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>Comparison</h1><ul>{sides}</ul>{link}</header><main>"
+        f"<header><h1>Comparison</h1><ul>{sides}</ul><p>{link}</p></header><main>"
         f"<section><h2>Params that differ</h2>{_params(found)}</section>"
         f"<section><h2>Metrics</h2>{_metrics(found)}</section>"
         f"<section><h2>Intervals</h2>{_pictures(found)}</section></main>"
         "<footer><p>Written by <code>lifecycle compare</code>. Intervals in square brackets are 95 %. ≠: they "
-        "do not overlap with those of A, so the difference is real; ≈: they do, and it may be none.</p></footer>"
+        "do not overlap with those of A: the difference is real; ≈: they do, it may be none.</p></footer>"
         "</body></html>\n"
     )
 
