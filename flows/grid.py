@@ -14,7 +14,7 @@ from tasks.stage.errors import ParamsError, one_line
 
 NAME_LENGTH = 40
 POINTS = 1000  # more is a slip of the hand
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 @dataclass(frozen=True)
