@@ -121,7 +121,10 @@ def _run(root: Path, name: str) -> list[Side]:
     known = found[0]
     if parent := known.tags.get("mlflow.parentRunId"):
         raise UserError(f"{name} is the MLflow run of one stage; that of its pipeline is {parent}")
-    params = {key: WORDS.get(value, value) for key, value in known.params.items()}
+    own = known.params or tracking.params_of_stages(known)
+    params = {
+        key: WORDS.get(value, value) for key, value in own.items() if key.partition(".")[0] not in COMMANDS
+    }
     metrics = {key: value for key, value in known.metrics.items() if "/" not in key and "." in key}
     return [Side(f"{known.name} ({known.id[:7]})", "run", params, metrics, known.id)]
 

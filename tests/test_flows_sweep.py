@@ -1,4 +1,4 @@
-"""Sweeps through the command line, on toy repositories: what runs how often, what a failure and a kill leave."""
+"""Sweeps through the command line, on toys: what runs how often, what a failure or a kill does."""
 
 import json
 import os

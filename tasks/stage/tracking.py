@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -206,6 +207,19 @@ def runs_by_id(start: str) -> list[KnownRun]:
             )
             for each in found
         ]
+
+
+def params_of_stages(pipeline: KnownRun) -> dict[str, str]:
+    """SECTION.KEY → text, from the runs of the stages that a pipeline's run is linked to; for pipelines that
+    were recorded without params of their own. Raises TryAgain when the store does not answer."""
+    found: dict[str, str] = {}
+    with _asked() as client:
+        for tag, run in pipeline.tags.items():
+            if linked := re.fullmatch(r"stage\.(.+)\.run_id", tag):
+                for key, value in client.get_run(run).data.params.items():
+                    shared = key.partition(".")[0] in ("seed", "compute")
+                    found[key if shared else f"{linked[1]}.{key}"] = value
+    return found
 
 
 def newest_run(tags: Mapping[str, str]) -> str | None:
