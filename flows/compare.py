@@ -22,12 +22,13 @@ ENDS = ("_low", "_high")
 @dataclass(frozen=True)
 class Number:
     """A metric of one side, with its 95 % interval where it has one. `apart` from that of the first side: None
-    where nobody can say."""
+    where nobody can say; `same` when it is that number."""
 
     value: float
     low: float | None = None
     high: float | None = None
     apart: bool | None = None
+    same: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {"value": self.value, "low": self.low, "high": self.high, "apart": self.apart}
@@ -100,7 +101,10 @@ def show(found: Comparison) -> None:
         console.print(f"{label}  {side.label}", markup=False, highlight=False, soft_wrap=True)
     sys.stdout.write("\n")
     if found.params:
-        table = Table("param", *labels, box=None, header_style="bold")
+        table = Table(box=None, header_style="bold")
+        table.add_column("param", no_wrap=True)
+        for label in labels:
+            table.add_column(label, overflow="fold")
         for key, values in found.params.items():
             table.add_row(key, *("–" if value is None else value for value in values))
         console.print(table)
@@ -110,9 +114,10 @@ def show(found: Comparison) -> None:
     if not found.metrics:
         console.print(f"no metric differs, of {found.equal} that both have")
         return
-    table = Table("metric", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("metric", no_wrap=True)
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", overflow="fold")
     for name, numbers in found.metrics.items():
         table.add_row(name, *(f"{_text(number)} {mark(number)}" for number in numbers))
     console.print(table)
@@ -142,9 +147,11 @@ def letter(number: int) -> str:
 
 
 def mark(number: Number | None) -> str:
-    """≠ for a real difference from the first side, ≈ for one that may be none."""
+    """≠ for a real difference from the first side, ≈ for one that may be none, = for the same number."""
     if number is None or number.apart is None:
         return " "
+    if number.same:
+        return "="
     return "≠" if number.apart else "≈"
 
 
@@ -157,7 +164,8 @@ def _numbers(sides: Sequence[Side], name: str) -> list[Number | None]:
             continue
         own = _interval(side, name)
         verdict = apart(first, own) if side is not sides[0] and first and own else None
-        found.append(Number(side.metrics[name], own and own[0], own and own[1], verdict))
+        same = side.metrics[name] == sides[0].metrics.get(name)
+        found.append(Number(side.metrics[name], own and own[0], own and own[1], verdict, same))
     return found
 
 

@@ -15,7 +15,7 @@ from flows.page_style import STYLE
 from tasks.stage.files import write_text
 
 PAGE = Path("reports") / "compare.html"
-VERDICTS = {"≠": "apart from A", "≈": "not told apart from A", " ": ""}
+VERDICTS = {"≠": "apart from A", "≈": "not told apart from A", "=": "the number of A", " ": ""}
 
 
 def write(root: Path, found: Comparison, view: str | None) -> Path:

@@ -122,9 +122,7 @@ def _run(root: Path, name: str) -> list[Side]:
     if parent := known.tags.get("mlflow.parentRunId"):
         raise UserError(f"{name} is the MLflow run of one stage; that of its pipeline is {parent}")
     own = known.params or tracking.params_of_stages(known)
-    params = {
-        key: WORDS.get(value, value) for key, value in own.items() if key.partition(".")[0] not in COMMANDS
-    }
+    params = {key: _text(value) for key, value in own.items() if key.partition(".")[0] not in COMMANDS}
     metrics = {key: value for key, value in known.metrics.items() if "/" not in key and "." in key}
     return [Side(f"{known.name} ({known.id[:7]})", "run", params, metrics, known.id)]
 
@@ -151,7 +149,16 @@ def _version(root: Path, name: str) -> list[Side]:
 def _params(values: Mapping[str, Any]) -> dict[str, str]:
     """All but the sections of commands, as the texts that MLflow has of them."""
     kept = {key: value for key, value in values.items() if key not in COMMANDS}
-    return {key: WORDS.get(str(value), str(value)) for key, value in flat(redacted(kept)).items()}
+    return {key: _text(str(value)) for key, value in flat(redacted(kept)).items()}
+
+
+def _text(value: str) -> str:
+    """One text for one value, whether YAML, a stage or MLflow wrote it: null for None, 5 for 5.0."""
+    try:
+        number = float(value)
+    except ValueError:
+        return WORDS.get(value, value)
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 
 def _metrics(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
