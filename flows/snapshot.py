@@ -11,7 +11,7 @@ from pathlib import Path
 from tasks.stage.errors import UserError
 
 UNTRACKED_MEGABYTES = 100  # that a snapshot takes along; more belongs into DVC
-OWN = (".", ":(exclude).dvc/config.local")  # that file is about one machine, and may hold secrets
+LOCAL = ".dvc/config.local"  # is about one machine, and may hold secrets
 AUTHOR = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -27,7 +27,8 @@ def take(root: Path, message: str) -> str:
     """
     _check(root)
     with _index(root) as environment:
-        _git(root, "add", "--all", "--", *OWN, environment=environment)
+        _git(root, "add", "--all", environment=environment)
+        _git(root, "update-index", "--force-remove", LOCAL, environment=environment)
         tree = _git(root, "write-tree", environment=environment)
     head = revision(root, "HEAD")
     if head is not None and tree == tree_of(root, head):

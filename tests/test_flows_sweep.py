@@ -164,6 +164,23 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_missing(tmp_path: Path) -> 
     assert git(toy.root, "for-each-ref", "refs/lifecycle") == ""
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_snapshot_leaves_out_what_is_ignored_and_local_settings(ignored: bool, tmp_path: Path) -> None:
+    toy = build(tmp_path / "toy", {"a": []}, light=True)
+    (toy.root / ".dvc" / "config.local").write_text("secret")
+    (toy.root / "data").mkdir()
+    (toy.root / "data" / "a.txt").write_text("ignored")
+    if ignored:
+        (toy.root / ".dvc" / ".gitignore").write_text("/config.local\n")
+    commit = snapshot.take(toy.root, "x")
+    kept = snapshot.files(toy.root, commit, ["."])
+    assert "params.yaml" in kept and not {".dvc/config.local", "data/a.txt"} & set(kept)
+    git(toy.root, "add", ".gitignore")
+    git(toy.root, "commit", "--quiet", "--message", "one file")
+    assert snapshot.files(toy.root, snapshot.take(toy.root, "x"), ["."]) == kept
+    assert git(toy.root, "status", "--porcelain").splitlines()[0].startswith("??"), "the index is as it was"
+
+
 def test_a_snapshot_outside_git_or_with_large_new_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
