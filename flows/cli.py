@@ -163,7 +163,10 @@ def sweep(
         )
         if listed:
             found = sweep_command.listed(root)
-            _write_json({"sweeps": found}) if as_json else sweep_command.show_listed(found)
+            if as_json:
+                _write_json({"sweeps": found})
+            else:
+                sweep_command.show_listed(found)
             code = 0
         elif removed:
             sweep_command.remove(root, removed)
