@@ -1,5 +1,5 @@
-"""The command `lifecycle`: run, look, report, chat, label, verify, upload, ui, register,
-promote, lineage, reproduce, serve.
+"""The command `lifecycle`: run, sweep, apply, compare, status, report, chat,
+label, verify, upload, ui, register, promote, lineage, reproduce, serve.
 
 `lifecycle COMMAND --help` has examples.
 
@@ -87,6 +87,156 @@ def run(
         with workspace.locked(root, wait):
             code = _run(root, settings or [], presets or [], stages or [], force, jobs, awaited, as_json)
     raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples:  lifecycle sweep --set finetune.method=full,lora --set ppo.kl.beta=0.05,0.2   |   "
+    "lifecycle sweep --set 'finetune.tasks=[summarize],[summarize,act],null' --stage evaluate --jobs 2   |   "
+    "lifecycle sweep --search finetune.lora.learning_rate=0.0005..0.01:log --search finetune.lora.r=4,8,16 "
+    "--trials 20 --objective evaluate.finetune.rougeL --early finetune.loss_after:min   |   "
+    "lifecycle sweep --continue method-beta-1a2b3c   |   lifecycle sweep --list",
+)
+def sweep(
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE,VALUE",
+            help="A dimension of the grid; repeatable. Values are YAML with commas between them: a list or "
+            "mapping keeps its brackets ([a, b]), text with a comma its quotes. One value: for all points.",
+        ),
+    ] = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option("--preset", metavar="NAME", help="Merge presets/NAME.yaml first; repeatable."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="NAME", help="Only this stage and what it needs; repeatable."),
+    ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            metavar="SECTION.KEY=LOW..HIGH",
+            help="Let Optuna choose this param; repeatable. LOW..HIGH:log draws small and large alike; whole "
+            "ends mean whole numbers; VALUE,VALUE are choices.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--objective", metavar="STAGE.KEY", help="Of metrics/STAGE.json, to be large; STAGE.KEY:min, small."
+        ),
+    ] = "",
+    trials: Annotated[int, typer.Option(min=1, help="How many trials a search has, all in all.")] = 20,
+    early: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--early",
+            metavar="STAGE.KEY",
+            help="Run this stage first, and give up a trial whose metric is worse than the median; repeatable. "
+            "STAGE.KEY:min wants it small.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many points run side by side.")] = 1,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="A name; else one is made.")] = "",
+    go_on: Annotated[
+        str, typer.Option("--continue", metavar="NAME", help="Go on with what is missing of this sweep.")
+    ] = "",
+    shown: Annotated[
+        list[str] | None,
+        typer.Option("--show", metavar="STAGE.KEY", help="This metric in the table; repeatable."),
+    ] = None,
+    keep_trees: Annotated[
+        bool, typer.Option("--keep", help="Leave the work trees of points that are done.")
+    ] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Say which sweeps there are, and run nothing.")
+    ] = False,
+    removed: Annotated[
+        str, typer.Option("--remove", metavar="NAME", help="Forget this sweep, and run nothing.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Run variants of the pipeline, each in a git work tree of its own, on the workspace as it is now.
+
+    Uncommitted changes come along. A stage that is equal in two points runs once. The same command goes on with
+    what is missing. `lifecycle apply NAME/POINT` brings one into the workspace, `lifecycle compare NAME` shows
+    them side by side.
+    """
+    with _workspace() as root:
+        from flows import sweep_command
+
+        tried = sweep_command.Tried(
+            settings=tuple(settings or ()),
+            presets=tuple(presets or ()),
+            stages=tuple(stages or ()),
+            search=tuple(search or ()),
+            objective=objective,
+            early=tuple(early or ()),
+            trials=trials,
+        )
+        if listed:
+            found = sweep_command.listed(root)
+            if as_json:
+                _write_json({"sweeps": found})
+            else:
+                sweep_command.show_listed(found)
+            code = 0
+        elif removed:
+            sweep_command.remove(root, removed)
+            code = 0
+        else:
+            result = sweep_command.run(root, tried, name, go_on, jobs, shown or [], keep_trees, as_json)
+            if as_json:
+                _write_json(result)
+            code = int(result["exit_code"])
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example:  lifecycle apply method-beta-1a2b3c/3 && git diff --stat")
+def apply(
+    wanted: Annotated[str, typer.Argument(metavar="NAME/POINT", help="A sweep and a number or name in it.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Though params.yaml or outputs here are kept nowhere else.")
+    ] = False,
+) -> None:
+    """Bring a point of a sweep into the workspace: params, dvc.lock, metrics, reports and outputs."""
+    with _workspace() as root:
+        from flows import sweep_command, workspace
+
+        with workspace.locked(root):
+            sweep_command.apply(root, wanted, force)
+
+
+@app.command(
+    epilog="Examples:  lifecycle compare method-beta-1a2b3c   |   lifecycle compare HEAD~1 .   |   "
+    "lifecycle compare champion method-beta-1a2b3c/3 3f2a9c   |   lifecycle compare main . --metric '*.rougeL'"
+)
+def compare(
+    wanted: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...",
+            help="Each a sweep (NAME, all its points), a point (NAME/POINT), a git revision, the MLflow id of "
+            "a pipeline's run or its beginning, a registered version (number, alias, models:NAME/VERSION), or "
+            ". for the workspace. sweep:, git:, run: or models: in front says which is meant.",
+        ),
+    ],
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="STAGE.KEY", help="Show this metric; * fits anything; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what differs: params, metrics with intervals, and which differences are real."""
+    with _workspace() as root:
+        from flows import compare_command
+
+        found = compare_command.run(root, wanted, metrics or [], quiet=as_json)
+        if as_json:
+            _write_json(found)
 
 
 @app.command(epilog="Example:  lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'")

@@ -28,6 +28,16 @@ def change(root: Path, presets: Iterable[str] = (), settings: Iterable[str] = ()
     """
     path = root / PARAMS_FILE
     text = path.read_text(encoding="utf-8")
+    new, changed = changed_text(root, text, presets, settings)
+    if changed:
+        write_text(path, new)
+    return changed
+
+
+def changed_text(
+    root: Path, text: str, presets: Iterable[str] = (), settings: Iterable[str] = ()
+) -> tuple[str, list[str]]:
+    """What `change` would write where params.yaml is `text`, and its lines; nothing is written."""
     data = _load(text, str(PARAMS_FILE))
     before = _flat(data)
     for name in presets:
@@ -41,11 +51,11 @@ def change(root: Path, presets: Iterable[str] = (), settings: Iterable[str] = ()
         for key in dict.fromkeys([*before, *after])
         if _shown(before, key) != _shown(after, key)
     ]
-    if changed:
-        new = _dump(data, text)
-        _check(root, new)
-        write_text(path, new)
-    return changed
+    if not changed:
+        return text, []
+    new = _dump(data, text)
+    _check(root, new)
+    return new, changed
 
 
 def _check(root: Path, text: str) -> None:

@@ -7,7 +7,10 @@ deletes, caches and records.
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -202,6 +205,38 @@ def recorded_outputs(root: Path) -> dict[str, list[tuple[str, str]]]:
 def cache_folder(root: Path) -> Path:
     """Where DVC keeps the contents of outputs, by their hash."""
     return Path(_read(root, lambda repository: repository.cache.local.path))
+
+
+def uncached_outputs(root: Path) -> list[str]:
+    """The outputs that DVC knows by their hash and does not keep: git does."""
+    return _read(
+        root, lambda repository: [output.def_path for output in repository.index.outs if not output.use_cache]
+    )
+
+
+def share_cache(root: Path, folder: Path) -> None:
+    """Make the repository in `folder` keep its outputs where that at `root` does, with its local settings."""
+    settings = Path(".dvc", "config.local")
+    if (root / settings).is_file():
+        shutil.copy(root / settings, folder / settings)
+    cache = str(cache_folder(root))
+    with _repository(folder) as repository, repository.config.edit("local") as config:
+        config.setdefault("cache", {})["dir"] = cache
+
+
+def checkout(root: Path, *options: str) -> None:
+    """Put the outputs that dvc.lock names in their places, from the cache. Raises UserError when it cannot."""
+    done = subprocess.run(
+        child.command("dvc", "checkout", "--quiet", *options),
+        cwd=root,
+        env={**os.environ, "DVC_SITE_CACHE_DIR": str(root / ".work" / "dvc")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UserError(f"dvc checkout in {root}: {_last_line(done.stderr, 'no reason given')}")
 
 
 def order_lock(root: Path, names: Sequence[str]) -> None:

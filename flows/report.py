@@ -73,23 +73,24 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def figures(found: Mapping[str, Any], names: tuple[str, ...]) -> list[tuple[str, str]]:
     """(name, value) of `names` (dotted) among the metrics, or of the first few numbers."""
-    flat = _flat(found)
-    shown = names or [name for name in flat if "." not in name][:METRICS_SHOWN]
-    return [(name, _number(flat[name])) for name in shown if name in flat]
+    known = flat(found)
+    shown = names or [name for name in known if "." not in name][:METRICS_SHOWN]
+    return [(name, _number(known[name])) for name in shown if name in known]
 
 
 def _figures(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return " ".join(f"{name}={value}" for name, value in figures(found, names))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
-    flat: dict[str, int | float] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    """The numbers among nested values, with dotted names."""
+    found: dict[str, int | float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            found.update(flat(value, f"{prefix}{name}."))
         elif isinstance(value, int | float):
-            flat[f"{prefix}{name}"] = value
-    return flat
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _number(value: Any) -> str:

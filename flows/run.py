@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import pipeline, rankings
+from flows import pipeline, point, rankings
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
 from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
+from tasks.stage.params import PARAMS_FILE, read_yaml
 from tasks.stage.recorder import Recorder, Status
 
 INTERRUPTED = 130
@@ -68,6 +69,7 @@ class Run:
         self.stages = stages
         self.changed = changed
         self.forced = forced
+        self.point = point.read(root)
         self.results = {name: Result(name) for name in stages}
         self.stop = threading.Event()
         self.parent: Recorder | None = None
@@ -81,7 +83,10 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What runs, in a few words: the stages that changed, and how many more may follow."""
+        """What runs, in a few words: the point of a sweep, or the stages that changed, and how many more may
+        follow."""
+        if self.point is not None:
+            return self.point.title
         if not self.due:
             return "nothing to do"
         own = [name for name in self.stages if name in self.forced or self.changed[name]]
@@ -103,7 +108,11 @@ class Run:
         """Start the run's own record in MLflow, parent of those of its stages."""
         if os.environ.get("LIFECYCLE_TRACKING") != "off":
             revision = commit(self.root)
-            self.parent = tracking.start_parent(self.title, {"git.commit": revision} if revision else {})
+            tags = {"git.commit": revision} if revision else {}
+            if self.point is not None:
+                tags |= self.point.tags
+            self.parent = tracking.start_parent(self.title, tags)
+            self.parent.params(read_yaml(self.root / PARAMS_FILE))
 
     def settle(self, name: str) -> Result:
         """Bring one stage up to date; its parents are.
@@ -120,7 +129,8 @@ class Run:
             if self._up_to_date(name):
                 result.state = "cached"
             else:
-                with self._gpu if self.stages[name].meta.gpu else self._cpu:
+                slot = self._gpu if self.stages[name].meta.gpu else self._cpu
+                with point.once(self.point, name, self.root, self.stop), slot:
                     result.state = self._reproduce(name, result)
         except Stopped:
             result.state = "stopped"
@@ -163,7 +173,7 @@ class Run:
             with self.pause(message) as told_to_go_on:
                 rankings.await_enough(self.root, wanted, self.stop, told_to_go_on, say)
         self.wanted = None  # another attempt at the stage does not wait again
-        above = _with_ancestors(self.stages, self._parents(self.stages[rankings.STAGE]))
+        above = with_ancestors(self.stages, self._parents(self.stages[rankings.STAGE]))
         for name in self.stages:
             if name in above and pipeline.changes(self.root, [name])[name]:
                 self.due.add(name)
@@ -244,7 +254,7 @@ def plan(
     for name in named:
         if name not in graph:
             raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
-    chosen = _with_ancestors(graph, named) if named else set(graph)
+    chosen = with_ancestors(graph, named) if named else set(graph)
     stages = {name: stage for name, stage in graph.items() if name in chosen}
     if wanted is not None:
         rankings.check(root, stages)
@@ -290,11 +300,12 @@ def _status(code: int) -> Status:
     return "FINISHED" if code == 0 else "KILLED" if code == INTERRUPTED else "FAILED"
 
 
-def _with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+def with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """`names`, and all that they depend on."""
     found: set[str] = set()
     for name in names:
         if name not in found:
-            found |= {name, *_with_ancestors(stages, stages[name].parents)}
+            found |= {name, *with_ancestors(stages, stages[name].parents)}
     return found
 
 

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from threading import Event
 
-from flows import child, server
+from flows import child, mlflow_view, server
 from flows.processes import end_group
 from tasks.stage import tracking
 from tasks.stage.errors import TryAgain, UserError, say
@@ -36,6 +36,7 @@ def serve(root: Path, mlflow_port: int, prefect_port: int) -> None:
         server.await_start(f"{prefect_url}/api", prefect, Event())
         note.write_text(f"{prefect_url}/api", encoding="utf-8")
         _await_mlflow(mlflow_url)
+        mlflow_view.note_path(root).write_text(mlflow_url, encoding="utf-8")
         sys.stdout.write(f"MLflow   {mlflow_url}\nPrefect  {prefect_url}\nCtrl-C ends both\n")
         sys.stdout.flush()
         while all(process.poll() is None for process in processes):
@@ -45,6 +46,7 @@ def serve(root: Path, mlflow_port: int, prefect_port: int) -> None:
         say("ending both")
     finally:
         note.unlink(missing_ok=True)
+        mlflow_view.note_path(root).unlink(missing_ok=True)
         for process in processes:
             end_group(process, seconds=10)
 

@@ -33,7 +33,8 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = [[], *([name] for name in (
-    "run", "status", "report", "verify", "upload", "ui", "register", "promote", "lineage", "reproduce", "serve",
+    "run", "sweep", "apply", "compare", "status", "report", "verify", "upload", "ui", "register", "promote",
+    "lineage", "reproduce", "serve",
 ))]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.stage.errors import one_line, say
+from tasks.stage.errors import TryAgain, one_line, say
 from tasks.stage.files import write_json
 from tasks.stage.lock import Lock, holder
 from tasks.stage.recorder import SPOOL, Recorder, Status, numbers
@@ -72,6 +73,18 @@ def tag_committed(parent: Recorder, recording: str, outs: Mapping[str, str], com
     """Tag a stage's run, named by its recording's id, with the hashes of the outputs that DVC has committed."""
     tags = {f"dvc.out.{path}": digest for path, digest in outs.items()}
     parent.tag_run(recording, tags | ({"git.commit": commit} if commit else {}))
+
+
+def prepare_store(root: Path) -> str:
+    """The address of the store for processes that run in other folders. The experiment is made in it from here,
+    since that is where the files of runs will lie. A store that does not answer now is no fault: runs are kept.
+    """
+    wanted = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+    if (file := wanted.removeprefix("sqlite:///")) != wanted:
+        wanted = f"sqlite:///{root / file}"
+    with _quiet(), suppress(Exception):
+        _experiment(_client())
+    return wanted
 
 
 # --- later
@@ -147,10 +160,7 @@ def known(ids: Iterable[str]) -> dict[str, tuple[dict[str, float], dict[str, str
 
     Raises whatever MLflow raises for a store that does not answer. A local store is not made for this.
     """
-    if (
-        not os.environ.get("MLFLOW_TRACKING_URI")
-        and not Path(DEFAULT_STORE.removeprefix("sqlite:///")).exists()
-    ):
+    if _no_store():
         return {}
     with _quiet():
         client = _client()
@@ -166,6 +176,87 @@ def known(ids: Iterable[str]) -> dict[str, tuple[dict[str, float], dict[str, str
             else:
                 found[run_id] = (dict(data.metrics), dict(data.tags))
         return found
+
+
+def _no_store() -> bool:
+    """Whether runs would go to a local store that was never made."""
+    return (
+        not os.environ.get("MLFLOW_TRACKING_URI")
+        and not Path(DEFAULT_STORE.removeprefix("sqlite:///")).exists()
+    )
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run that the store has."""
+
+    id: str
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+def runs_by_id(start: str) -> list[KnownRun]:
+    """The runs whose ids begin with `start`. Raises TryAgain when the store does not answer."""
+    if _no_store():
+        return []
+    with _asked() as client:
+        found = client.search_runs([_experiment(client)], f"attributes.run_id LIKE '{start}%'", max_results=10)
+        return [
+            KnownRun(
+                each.info.run_id,
+                each.info.run_name or "run",
+                dict(each.data.params),
+                dict(each.data.metrics),
+                dict(each.data.tags),
+            )
+            for each in found
+        ]
+
+
+def params_of_stages(pipeline: KnownRun) -> dict[str, str]:
+    """SECTION.KEY → text, from the runs of the stages that a pipeline's run is linked to; for pipelines that
+    were recorded without params of their own. Raises TryAgain when the store does not answer."""
+    found: dict[str, str] = {}
+    with _asked() as client:
+        for tag, run in pipeline.tags.items():
+            if linked := re.fullmatch(r"stage\.(.+)\.run_id", tag):
+                for key, value in client.get_run(run).data.params.items():
+                    shared = key.partition(".")[0] in ("seed", "compute")
+                    found[key if shared else f"{linked[1]}.{key}"] = value
+    return found
+
+
+def newest_run(tags: Mapping[str, str]) -> str | None:
+    """The id of the newest run with these tags, or None. Raises TryAgain when the store does not answer."""
+    if _no_store():
+        return None
+    with _asked() as client:
+        return find_run(client, tags)
+
+
+def share_view(key: str, state: Mapping[str, Any]) -> str | None:
+    """Keep a view of the runs page (search, columns, charts) under a key that its address names, as the "Share"
+    of the UI does. Gives the experiment's id; None when there is no store. Raises TryAgain."""
+    if _no_store():
+        return None
+    with _asked() as client:
+        experiment = _experiment(client)
+        client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(state))
+        return experiment
+
+
+@contextmanager
+def _asked() -> Iterator[Any]:
+    """A client for a question. Raises TryAgain when the store does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _quiet():
+            yield _client()
+    except MlflowException as error:
+        raise TryAgain(f"the tracking store {address()} refuses: {_reason(error)}") from error
 
 
 # --- one run
