@@ -1,5 +1,5 @@
 """The command `lifecycle`: run, look, report, verify, upload, ui, register, promote,
-lineage, reproduce, serve.
+lineage, reproduce, endpoint.
 
 `lifecycle COMMAND --help` has examples.
 
@@ -216,16 +216,16 @@ def reproduce(
 
 
 @app.command(
-    epilog="Example:  lifecycle serve champion --port 5002   |   curl -H 'Content-Type: application/json' "
+    epilog="Example:  lifecycle endpoint champion --port 5002   |   curl -H 'Content-Type: application/json' "
     '-d \'{"inputs": [{"prompt": "...", "max_new_tokens": 40}]}\' 127.0.0.1:5002/invocations'
 )
-def serve(
+def endpoint(
     version: Version = "champion",
     port: Annotated[int, typer.Option(help="Port of the service.")] = 5002,
 ) -> None:
     """Serve a registered version on this machine alone, until Ctrl-C."""
     with _workspace() as root:
-        from flows.serve import serve as answer
+        from flows.endpoint import answer
 
         answer(root, version, port)
 
@@ -244,22 +244,9 @@ def _run(
     jobs: int,
     as_json: bool,
 ) -> int:
-    from flows import pipeline
-    from flows.run import plan
-    from tasks.stage.errors import say
-    from tasks.stage.params import PARAMS_FILE, check_all, read_yaml
+    from flows.run import ready
 
-    if settings or presets:
-        from flows import params_file
-
-        for line in params_file.change(root, presets, settings):
-            say(f"params.yaml: {line}")
-    for line in pipeline.mend(root):
-        say(line)
-    read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
-    planned = plan(root, stages, force, jobs)
-    if planned.due:
-        check_all()
+    planned = ready(root, settings, presets, stages, force, jobs)
     code = _carry_out(planned, quiet=as_json)
     if as_json:
         from flows.run import as_json as results

@@ -32,7 +32,7 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = [[], *([name] for name in (
-    "run", "status", "report", "verify", "upload", "ui", "register", "promote", "lineage", "reproduce", "serve",
+    "run", "status", "report", "verify", "upload", "ui", "register", "promote", "lineage", "reproduce", "endpoint",
 ))]  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from tasks.stage.errors import TryAgain, UserError, say
 from tasks.stage.params import PARAMS_FILE, read_section, read_yaml
 
 
-def serve(root: Path, wanted: str, port: int) -> None:
-    """Serve the version `wanted` (a number or an alias) until KeyboardInterrupt.
+def answer(root: Path, wanted: str, port: int) -> None:
+    """Answer with the version `wanted` (a number or an alias) until KeyboardInterrupt.
 
     Raises UserError for an unknown version or a port in use, TryAgain when the server ends by itself.
     """
