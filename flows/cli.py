@@ -1,5 +1,5 @@
 """The command `lifecycle`: run, look, report, verify, upload, ui, register, promote,
-lineage, reproduce, endpoint.
+lineage, reproduce, endpoint, serve.
 
 `lifecycle COMMAND --help` has examples.
 
@@ -73,12 +73,23 @@ def run(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example:  lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'")
-def status(as_json: AsJson = False) -> None:
+@app.command(
+    epilog="Examples:  lifecycle status --watch   |   "
+    "lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'"
+)
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Until Ctrl-C, anew at each change; with --json a line for each.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say of each stage whether it is up to date, what changed, and whether it runs now."""
     with _workspace() as root:
         from flows import status as found
 
+        if watch:
+            found.watch(root, as_json)
+            return
         report = found.look(root)
         if as_json:
             _write_json({"stages": report})
@@ -230,6 +241,27 @@ def endpoint(
         answer(root, version, port)
 
 
+@app.command(
+    epilog="Examples:  lifecycle serve --cron '0 3 * * *' --timezone Europe/Berlin   |   "
+    "lifecycle serve --interval 6h --overlap skip   |   lifecycle serve --deployment evaluation --interval 1d"
+)
+def serve(
+    cron: Annotated[str | None, typer.Option(help="When to run: minute hour day month weekday.")] = None,
+    interval: Annotated[str | None, typer.Option(help="How often to run: 30m, 6h, 1d.")] = None,
+    timezone: Annotated[str, typer.Option(help="Of the cron line.")] = "UTC",
+    deployment: Annotated[str, typer.Option(help="Which of prefect.yaml the schedule is for.")] = "lifecycle",
+    overlap: Annotated[
+        Literal["wait", "skip"], typer.Option(help="What a run does while another one has the workspace.")
+    ] = "wait",
+    port: Annotated[int, typer.Option(help="Of the Prefect server, unless one is configured.")] = 4200,
+) -> None:
+    """Run the pipeline on a schedule, or when asked in Prefect's UI, until Ctrl-C."""
+    with _workspace() as root:
+        from flows.serve import serve as keep_running
+
+        keep_running(root, deployment, cron, interval, timezone, overlap, port)
+
+
 def main() -> None:
     """The entry point of the command."""
     app()
@@ -258,7 +290,7 @@ def _run(
 def _carry_out(run: "Run", quiet: bool) -> int:
     from rich.console import Console
 
-    from flows import display, server
+    from flows import closing, display, server
     from tasks.stage.errors import say
 
     recorded = True
@@ -268,33 +300,18 @@ def _carry_out(run: "Run", quiet: bool) -> int:
         if run.due:
             run.record()
         recorded = execute(run, display.display(run, quiet))
-        run.close()
     else:
         run.settle_rest()
         say(f"Everything is up to date: {len(run.stages)} stages, nothing to do.")
+    page = closing.close(run)
     if not quiet:
         display.show_result(run, Console())
     display.show_failures(run, Console(stderr=True))
-    if run.code != INTERRUPTED:
-        _write_page(run.root, quiet)
+    if page is not None and not quiet:
+        sys.stdout.write(f"\nto look at: {page.relative_to(run.root)}\n")
     if not recorded:
         _leave(run.code)
     return run.code
-
-
-def _write_page(root: Path, quiet: bool) -> None:
-    """The page of `lifecycle report`: whatever goes wrong with it, the run is what it was."""
-    from tasks.stage.errors import one_line, say
-
-    try:
-        from flows import page
-
-        path = page.write(root).relative_to(root)
-    except Exception as error:
-        say(f"warning: the page reports/lifecycle.html was not written: {one_line(error)[:160]}")
-    else:
-        if not quiet:
-            sys.stdout.write(f"\nto look at: {path}\n")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import difflib
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,24 @@ def change(root: Path, presets: Iterable[str] = (), settings: Iterable[str] = ()
     The file is written once, and only when all is well. Returns the lines `key: before → after`. Raises
     ParamsError for an unknown preset or key, or a value that the section does not allow.
     """
+
+    def merge(data: CommentedMap) -> None:
+        for name in presets:
+            _merge(data, _preset(root, name), (), f"{PRESETS}/{name}.yaml")
+        for setting in settings:
+            keys, value = _parse(setting)
+            _merge(data, _nested(keys, value), (), f"--set {setting}")
+
+    return edit(root, merge)
+
+
+def edit(root: Path, alter: Callable[[CommentedMap], None]) -> list[str]:
+    """Let `alter` change what params.yaml holds; as `change` in all else."""
     path = root / PARAMS_FILE
     text = path.read_text(encoding="utf-8")
     data = _load(text, str(PARAMS_FILE))
     before = _flat(data)
-    for name in presets:
-        _merge(data, _preset(root, name), (), f"{PRESETS}/{name}.yaml")
-    for setting in settings:
-        keys, value = _parse(setting)
-        _merge(data, _nested(keys, value), (), f"--set {setting}")
+    alter(data)
     after = _flat(data)
     changed = [
         f"{key}: {_shown(before, key)} → {_shown(after, key)}"

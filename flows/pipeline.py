@@ -245,6 +245,21 @@ def mend(root: Path) -> list[str]:
     return done
 
 
+def update_imports(root: Path) -> list[str]:
+    """Fetch anew what `dvc import` and `dvc import-url` brought here and has changed where it comes from.
+
+    Returns the paths that changed. Raises UserError when a source cannot be read.
+    """
+    changed = []
+    with _repository(root, wait=True) as repository:
+        for stage in sorted((each for each in repository.index.stages if each.is_import), key=str):
+            before = stage.outs[0].hash_info
+            [updated] = repository.update(stage.relpath)
+            if updated.outs[0].hash_info != before:
+                changed.append(str(updated.outs[0].def_path))
+    return changed
+
+
 def _read(root: Path, look: Callable[[Any], T]) -> T:
     """What `look` finds in the repository. DVC rewrites dvc.lock in place: what is cut short is read again."""
     for _ in range(TIMES_TO_READ - 1):

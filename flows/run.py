@@ -11,18 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import pipeline
+from flows import links, pipeline
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
 from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
+from tasks.stage.params import PARAMS_FILE, check_all, read_yaml
 from tasks.stage.recorder import Recorder, Status
 
 INTERRUPTED = 130
@@ -68,6 +69,7 @@ class Run:
         self.stop = threading.Event()
         self.parent: Recorder | None = None
         self.flow_run_id = ""
+        self.flow_run_url = ""
         self.due = _with_descendants(stages, {*forced, *(name for name in stages if changed[name])})
         self._cpu = threading.BoundedSemaphore(jobs)
         self._gpu = threading.BoundedSemaphore(1)
@@ -91,6 +93,12 @@ class Run:
         if not failed:
             return 0 if all(result.state in GOOD for result in self.results.values()) else 1
         return failed[0] if failed[0] in {2, 3, pipeline.TRY_AGAIN} else 1
+
+    @property
+    def mlflow_id(self) -> str | None:
+        """The MLflow run of this run; None when it has none, or MLflow has not heard of it yet."""
+        known = self.parent and self.parent.folder / "run_id"
+        return known.read_text(encoding="ascii") if known and known.is_file() else None
 
     def record(self) -> None:
         """Start the run's own record in MLflow, parent of those of its stages."""
@@ -134,14 +142,21 @@ class Run:
                 with contextlib.suppress(Exception):  # told in its result
                     self.settle(name)
 
-    def close(self) -> None:
-        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would."""
+    def close(self, page: Path | None = None) -> None:
+        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would.
+
+        The run's record in MLflow gets `page`, and links to the Prefect run and to it.
+        """
         for result in self.results.values():
             if result.state in ("waiting", "running"):
                 result.state = "stopped" if self.stop.is_set() else "not run"
-        pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
+        if self.due:
+            pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
         if self.parent is not None:
-            self.parent.tags({"prefect.flow_run_id": self.flow_run_id})
+            if page is not None:
+                self.parent.artifact(page)
+            note = links.note(self.flow_run_url, page)
+            self.parent.tags({"prefect.flow_run_id": self.flow_run_id, "mlflow.note.content": note})
             tracking.end_parent(self.parent, _status(self.code))
 
     def _up_to_date(self, name: str) -> bool:
@@ -202,8 +217,38 @@ def has_gpu() -> bool:
     return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
-def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int = 2) -> Run:
-    """A run of the stages `targets` and all they need; of every stage when none is named.
+def ready(
+    root: Path,
+    settings: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    targets: Iterable[str] = (),
+    force: bool = False,
+    jobs: int = 2,
+    alone: bool = False,
+) -> Run:
+    """A run as `plan` makes it, once params.yaml has the presets and settings, and all of it is checked.
+
+    Files of DVC that a crash cut short are mended first. Raises UserError for wrong params, stages or dvc.yaml.
+    """
+    if settings or presets:
+        from flows import params_file
+
+        for line in params_file.change(root, presets, settings):
+            say(f"params.yaml: {line}")
+    for line in pipeline.mend(root):
+        say(line)
+    read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
+    planned = plan(root, targets, force, jobs, alone)
+    if planned.due:
+        check_all()
+    return planned
+
+
+def plan(
+    root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int = 2, alone: bool = False
+) -> Run:
+    """A run of the stages `targets` and all they need (not when they run `alone`); of every stage when none is
+    named.
 
     `force` runs the named stages (all of them, when none is) though they are up to date. Raises UserError for
     an unknown stage or a wrong dvc.yaml.
@@ -213,7 +258,7 @@ def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int
     for name in named:
         if name not in graph:
             raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
-    chosen = _with_ancestors(graph, named) if named else set(graph)
+    chosen = set(graph) if not named else set(named) if alone else _with_ancestors(graph, named)
     stages = {name: stage for name, stage in graph.items() if name in chosen}
     forced = frozenset(named or stages) if force else frozenset[str]()
     return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs)
