@@ -18,6 +18,7 @@ from flows.processes import end_group
 from tasks.stage.errors import UserError, say
 
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_START = 600  # nobody waits at the terminal
 
 
 def serve(
@@ -75,7 +76,7 @@ class _Server:
         say("the Prefect server starts (some ten seconds) …")
         if self.process is None or self.process.poll() is not None:
             self.process = server.start(self._root, port)
-        server.await_start(self.url, self.process, Event())
+        server.await_start(self.url, self.process, Event(), SECONDS_TO_START)
 
     def end(self) -> None:
         if self.process is not None:

@@ -1,5 +1,6 @@
-"""What `lifecycle status` says: of each stage whether it is up to date, and why not; once, or at each change."""
+"""What `lifecycle status` says: of each stage whether it is up to date, and why not; once, or at changes."""
 
+import contextlib
 import json
 import sys
 import time
@@ -81,44 +82,38 @@ def watch(root: Path, as_json: bool) -> None:
     from rich.console import Console, Group
     from rich.live import Live
 
-    if as_json:
-        for entries in _each_change(root):
-            sys.stdout.write(json.dumps({"stages": entries}, sort_keys=True, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
-        return
     console = Console()
-    if not console.is_terminal:
+    if not as_json and not console.is_terminal:
         raise UserError("--watch is for a terminal; with --json it writes a line for each change")
-    with Live(console=console, auto_refresh=False) as live:
-        for entries in _each_change(root):
-            live.update(Group(*_lines(entries, hashes=False)), refresh=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        if as_json:
+            for entries in _each_change(root):
+                sys.stdout.write(json.dumps({"stages": entries}, sort_keys=True, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+        with Live(console=console, auto_refresh=False) as live:
+            for entries in _each_change(root):
+                live.update(Group(*_lines(entries, hashes=False)), refresh=True)
 
 
 def _each_change(root: Path) -> Iterator[list[dict[str, Any]]]:
-    """The entries of `look`, now and after each change, until KeyboardInterrupt.
+    """The entries of `look`, now and after each change, for ever.
 
     Files that tell of a change are glanced at; DVC is asked only when one of them did, or after a while.
     """
     shown: list[dict[str, Any]] = []
     entries, seen, looked = shown, _glance(root), 0.0
-    try:
-        while True:
-            now = _glance(root)
-            if now != seen or time.monotonic() - looked > SECONDS_BETWEEN_LOOKS or not shown:
-                entries, seen, looked = look(root), now, time.monotonic()
-            entries = [
-                {
-                    **entry,
-                    "progress": pipeline.progress_record(root, entry["stage"]) if entry["process"] else {},
-                }
-                for entry in entries
-            ]
-            if entries != shown:
-                shown = entries
-                yield entries
-            time.sleep(SECONDS_BETWEEN_GLANCES)
-    except KeyboardInterrupt:
-        return
+    while True:
+        now = _glance(root)
+        if now != seen or time.monotonic() - looked > SECONDS_BETWEEN_LOOKS or not shown:
+            entries, seen, looked = look(root), now, time.monotonic()
+        current = [
+            {**entry, "progress": pipeline.progress_record(root, entry["stage"])} if entry["process"] else entry
+            for entry in entries
+        ]
+        if current != shown:
+            shown = current
+            yield shown
+        time.sleep(SECONDS_BETWEEN_GLANCES)
 
 
 def _glance(root: Path) -> dict[str, Any]:
@@ -127,16 +122,6 @@ def _glance(root: Path) -> dict[str, Any]:
     paths = [*(root / name for name in names), *root.glob(".work/*/last.json")]
     written = {str(path): path.stat().st_mtime_ns for path in paths if path.exists()}
     return {**written, **{str(lock): _running(lock) for lock in root.glob(".work/*/lock")}}
-
-
-def _glance(root: Path) -> dict[str, int]:
-    """When the files were written that say what is to be done, what was done, and who runs."""
-    paths = (
-        *(root / name for name in (pipeline.LOCK_FILE, GRAPH_FILE, PARAMS_FILE)),
-        *root.glob(".work/*/last.json"),
-        *root.glob(".work/*/lock"),
-    )
-    return {str(path): path.stat().st_mtime_ns for path in paths if path.exists()}
 
 
 def _lines(entries: list[dict[str, Any]], hashes: bool) -> "list[Text | Padding]":
