@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +27,7 @@ from tasks.stage.errors import UserError, one_line
 
 FILE = Path("prefect.yaml")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_HEARTBEATS = 30
 HEARTBEATS_TO_MISS = 3
 LOST = "lifecycle: mark lost runs as crashed"
@@ -86,11 +88,23 @@ def register(served: Sequence[RunnerDeployment]) -> None:
 
 
 def serve(served: Sequence[RunnerDeployment]) -> None:
-    """Start the runs that are due, until the server has been away for minutes or KeyboardInterrupt."""
+    """Start the runs that are due, until the server has been away for minutes; then RuntimeError.
+
+    KeyboardInterrupt cancels the runs that go on, pauses the schedules, and is raised again.
+    """
     runner = Runner(name="lifecycle", heartbeat_seconds=SECONDS_BETWEEN_HEARTBEATS)
     for deployment in served:
         runner.add_deployment(deployment)
-    asyncio.run(runner.start())
+    loop = asyncio.new_event_loop()
+    with ThreadPoolExecutor(1, thread_name_prefix="runner") as thread:  # signals stay with this one
+        ended = thread.submit(loop.run_until_complete, runner.start())
+        try:
+            while not ended.done():
+                wait([ended], SECONDS_BETWEEN_LOOKS)
+        except KeyboardInterrupt:
+            asyncio.run_coroutine_threadsafe(runner.astop(), loop).result()
+            raise
+    ended.result()
 
 
 def lost_runs() -> AutomationCore:

@@ -4,18 +4,18 @@ It uses the Prefect server that is configured, or starts one of its own, whose r
 goes away is waited for; then the schedules go on.
 """
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Literal
 
 from flows import server
 from flows.processes import end_group
-from tasks.stage.errors import UserError, say
+from tasks.stage.errors import UserError, one_line, say
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_START = 600  # nobody waits at the terminal
@@ -39,19 +39,24 @@ def serve(
     if chosen is None and not server.is_free(port):
         raise UserError(f"port {port} is in use: choose another with --port")
     os.environ["PREFECT_API_URL"] = url  # read by Prefect when it is imported
-    with _server(root, url, None if chosen else port) as home:
+    with _server(root, url, None if chosen else port) as home, contextlib.suppress(KeyboardInterrupt):
         from flows import deployments  # takes as long as a server takes to start
 
         schedule = deployments.schedule(cron, interval, timezone)
         served = deployments.read(root, name, schedule, overlap)
         when = f"at {cron} ({timezone})" if cron else f"every {interval}" if interval else "when asked"
+        names = ", ".join(deployment.name for deployment in served)
         while True:
             home.await_answer()
-            deployments.register(served)
-            names = ", ".join(deployment.name for deployment in served)
-            sys.stdout.write(f"serving {names}; {name} runs {when}; Prefect is at {url}; Ctrl-C ends it\n")
-            sys.stdout.flush()
-            deployments.serve(served)
+            try:
+                deployments.register(served)
+                sys.stdout.write(f"serving {names}; {name} runs {when}; Prefect is at {url}; Ctrl-C ends it\n")
+                sys.stdout.flush()
+                deployments.serve(served)
+            except Exception as error:
+                if server.answers(url):
+                    raise
+                say(f"Prefect went away: {one_line(error)[:120]}")
 
 
 class _Server:
@@ -83,7 +88,7 @@ class _Server:
             end_group(self.process, seconds=10)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _server(root: Path, url: str, port: int | None) -> Iterator[_Server]:
     """The server at `url`; on `port` it is ours, and runs by hand in this workspace are recorded there too."""
     home = _Server(root, url, port)

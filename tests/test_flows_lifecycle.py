@@ -6,8 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -15,55 +13,17 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect_server import PrefectServer, ask
 from toy import Toy, build, until
 
-from flows import pipeline, processes, report, run, server
+from flows import pipeline, report, run, server
 
 DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
-
-
-@pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefect")
-
-
-@pytest.fixture(scope="session")
-def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server that the tests share."""
-    folder = tmp_path_factory.mktemp("server")
-    with start_server(folder, prefect_home) as url:
-        yield url
-
-
-class start_server:  # noqa: N801 - used as a function
-    """A Prefect server with its records in `home`; `process` may be killed."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.folder, self.home = folder, home
-
-    def __enter__(self) -> str:
-        (self.folder / ".work").mkdir(exist_ok=True)
-        port = server.free_port()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_HOME", str(self.home))
-            self.process = server.start(self.folder, port, "--no-ui")
-        url = f"http://127.0.0.1:{port}/api"
-        server.await_start(url, self.process, Event())
-        return url
-
-    def __exit__(self, *_: object) -> None:
-        processes.end_group(self.process, seconds=5)
 
 
 @pytest.fixture(autouse=True)
 def environment(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(prefect_home))
-
-
-@pytest.fixture
-def served(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
-    return prefect_url
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +41,6 @@ def expected_lock(unstarted: Toy, tmp_path_factory: pytest.TempPathFactory) -> d
     toy.go()
     toy.dvc("repro")
     return toy.lock()
-
-
-def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
-    """What the server has on record, newest first."""
-    request = urllib.request.Request(
-        f"{url}/{what}/filter", json.dumps(conditions).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return sorted(json.load(answer), key=lambda each: each["created"], reverse=True)
 
 
 def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothing(tmp_path: Path) -> None:
@@ -346,12 +297,11 @@ def test_a_prefect_server_that_dies_takes_only_its_record_along(
 ) -> None:
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
     toy.set("a", outcome="wait")
-    mortal = start_server(tmp_path, tmp_path / "home")
-    with mortal as url:
-        monkeypatch.setenv("PREFECT_API_URL", url)
+    with PrefectServer(tmp_path, tmp_path / "home") as mortal:
+        monkeypatch.setenv("PREFECT_API_URL", mortal.url)
         run = toy.start("run")
         toy.await_stage("a")
-        os.killpg(mortal.process.pid, signal.SIGKILL)
+        mortal.kill()
         toy.go()
         output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
