@@ -181,8 +181,9 @@ def register(
 def promote(version: Version = "challenger", as_json: AsJson = False) -> None:
     """Make a version the champion if it passes every gate; else change nothing and exit with 3."""
     with _workspace() as root:
+        from flows import notify, workspace
         from flows import promote as gate
-        from flows import workspace
+        from tasks.stage.errors import GateRefused
 
         with workspace.locked(root):  # a stage that runs meanwhile would spoil the timing
             ours, champion, found = gate.judge(version)
@@ -191,7 +192,11 @@ def promote(version: Version = "challenger", as_json: AsJson = False) -> None:
                 _write_json({"version": ours.number, "over": champion and champion.number, "gates": verdicts})
             else:
                 gate.show(ours, champion, found)
-            gate.promote(ours, champion, found)
+            try:
+                gate.promote(ours, champion, found)
+            except GateRefused as refusal:
+                notify.send(notify.Message("gate", str(refusal)))
+                raise
 
 
 @app.command(epilog="Example:  lifecycle lineage champion")

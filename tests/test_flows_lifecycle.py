@@ -15,8 +15,10 @@ import psutil
 import pytest
 from prefect_server import PrefectServer, ask
 from toy import Toy, build, until
+from webhook import Webhook
 
-from flows import pipeline, report, run, server
+from flows import links, pipeline, report, run, server
+from tasks.stage.recorder import Recorder
 
 DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
 
@@ -109,6 +111,34 @@ def test_scores_of_variants_are_those_of_this_run(state: Any, shown: int, tmp_pa
     assert len(report.variants_of(toy)) == shown
 
 
+def test_a_run_links_to_its_mlflow_runs_and_its_mlflow_run_links_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meta = pipeline.Meta(**pipeline.USUAL_META)
+    toy = run.Run(tmp_path, {"a": pipeline.Stage("a", "a", (), (), meta)}, {"a": ()}, frozenset(), jobs=1)
+    toy.parent, toy.flow_run_url = Recorder("toy", {}), "http://127.0.0.1:4200/flow-runs/flow-run/7"
+    (toy.parent.folder / "run_id").write_text("beef")
+    (tmp_path / ".work" / "a").mkdir()
+    (tmp_path / ".work" / "a" / "last.json").write_text('{"mlflow_run_id": "cafe"}')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/")
+    assert report.as_markdown(toy).endswith(
+        "MLflow: [this run](https://mlflow.example/#/runs/beef) · [a](https://mlflow.example/#/runs/cafe)\n"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert links.mlflow_run("cafe") == "http://127.0.0.1:5000/#/runs/cafe"
+
+    page = tmp_path / "lifecycle.html"
+    page.write_text("<html></html>")
+    toy.close(page)
+    events = [json.loads(line) for line in (toy.parent.folder / "events.jsonl").read_text().splitlines()]
+    tags = next(event["values"] for event in events if "mlflow.note.content" in event.get("values", {}))
+    assert tags["mlflow.note.content"] == (
+        f"[Prefect run]({toy.flow_run_url}) · report: lifecycle.html, among the artifacts"
+    )
+    assert [event["file"] for event in events if event["kind"] == "artifact"] == ["lifecycle.html"]
+
+
 def test_force_runs_all_again_and_leaves_the_same_lock(tmp_path: Path, served: str) -> None:
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
     toy.dvc("repro")
@@ -170,8 +200,11 @@ def test_a_failing_stage_stops_only_what_depends_on_it_and_only_crashes_are_retr
     toy.set("crash", outcome="crash")
     toy.set("killed", outcome="kill once")
     toy.set("again", outcome="again once")
-    done = toy.lifecycle("run", "--json", code=2)
+    with Webhook() as hook:
+        done = toy.lifecycle("run", "--json", code=2, LIFECYCLE_WEBHOOK=hook.address)
 
+    assert sorted(hook.events) == ["failure", "failure", "gate"]
+    assert hook.address not in done.stderr
     results = {entry["stage"]: entry for entry in json.loads(done.stdout)["stages"]}
     assert {name: entry["state"] for name, entry in results.items()} == {
         "wrong": "failed", "after_wrong": "not run", "gate": "failed", "crash": "failed", "killed": "done",
