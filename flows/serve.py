@@ -6,17 +6,23 @@ goes away is waited for; then the schedules go on.
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from threading import Event
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from flows import server
 from flows.processes import end_group
 from tasks.stage.errors import UserError, one_line, say
 
+FILE = Path("prefect.yaml")
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_START = 600  # nobody waits at the terminal
 
@@ -34,6 +40,12 @@ def serve(
 
     Raises UserError for a wrong schedule or prefect.yaml, an unknown deployment, or a port in use.
     """
+    if cron is not None and interval is not None:
+        raise UserError("--cron and --interval: choose one")
+    every = None if interval is None else _length(interval)
+    entries = _deployments(root)
+    if name not in entries:
+        raise UserError(f"--deployment {name}: {FILE} has {', '.join(entries)}")
     chosen = server.configured(root)
     url = chosen or f"http://127.0.0.1:{port}/api"
     if chosen is None and not server.is_free(port):
@@ -42,21 +54,40 @@ def serve(
     with _server(root, url, None if chosen else port) as home, contextlib.suppress(KeyboardInterrupt):
         from flows import deployments  # takes as long as a server takes to start
 
-        schedule = deployments.schedule(cron, interval, timezone)
-        served = deployments.read(root, name, schedule, overlap)
+        schedule = deployments.schedule(cron, every, timezone)
+        served = deployments.build(entries, name, schedule, overlap)
         when = f"at {cron} ({timezone})" if cron else f"every {interval}" if interval else "when asked"
-        names = ", ".join(deployment.name for deployment in served)
+        names = ", ".join(entries)
         while True:
             home.await_answer()
             try:
-                deployments.register(served)
+                runner = deployments.register(served)
                 sys.stdout.write(f"serving {names}; {name} runs {when}; Prefect is at {url}; Ctrl-C ends it\n")
                 sys.stdout.flush()
-                deployments.serve(served)
+                deployments.start_what_is_due(runner)
             except Exception as error:
                 if server.answers(url):
                     raise
                 say(f"Prefect went away: {one_line(error)[:120]}")
+
+
+def _length(text: str) -> timedelta:
+    """`6h` as a length of time. Raises UserError."""
+    if not (found := re.fullmatch(r"([1-9][0-9]*)([smhd])", text)):
+        raise UserError(f"--interval {text}: expected a number and its unit, such as 30m, 6h or 1d")
+    return timedelta(**{UNITS[found[2]]: int(found[1])})
+
+
+def _deployments(root: Path) -> dict[str, dict[str, Any]]:
+    """The entries of prefect.yaml by name. Raises UserError when there are none."""
+    path = root / FILE
+    if not path.is_file():
+        raise UserError(f"no {FILE} here: it names the deployments that are served")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
+        return {entry["name"]: entry for entry in found}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{FILE}: expected a list `deployments` with names ({one_line(error)})") from None
 
 
 class _Server:

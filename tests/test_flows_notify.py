@@ -1,4 +1,4 @@
-"""Messages to a webhook: what is told, to a real endpoint, and that no endpoint can do harm or be given away."""
+"""Messages to a webhook: what is told to a real endpoint, and that none can do harm or be given away."""
 
 import json
 import socket

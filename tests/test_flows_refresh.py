@@ -54,7 +54,7 @@ def test_a_changed_file_and_a_changed_import_run_only_what_depends_on_them(toy: 
     assert due(toy) == {"prepare", "train"}
 
     source.unlink()
-    with pytest.raises(UserError, match="source.txt"):
+    with pytest.raises(UserError, match=r"source\.txt"):
         refresh(toy.root)
 
 

@@ -1,4 +1,4 @@
-"""`lifecycle serve` with a real Prefect server, on a toy repository: deployments, overlap, kills and restarts."""
+"""`lifecycle serve` with a real Prefect server, on a toy repository: deployments, overlap, kills, restarts."""
 
 import os
 import shutil
@@ -155,7 +155,7 @@ def test_overlap_a_killed_run_a_server_that_is_restarted_and_nothing_to_do(
     ("arguments", "message"),
     [
         (["--cron", "0 3 * *"], "no schedule: "),
-        (["--interval", "six hours"], "no schedule: six hours is no length of time; expected "),
+        (["--interval", "six hours"], "--interval six hours: expected a number and its unit, such as 30m"),
         (["--cron", "0 3 * * *", "--interval", "6h"], "--cron and --interval: choose one"),
         (["--deployment", "nightly"], "--deployment nightly: prefect.yaml has lifecycle, evaluation, data-"),
     ],
