@@ -86,7 +86,10 @@ def start_what_is_due(runner: Runner) -> None:
             while not ended.done():
                 wait([ended], SECONDS_BETWEEN_LOOKS)
         except KeyboardInterrupt:
-            asyncio.run_coroutine_threadsafe(runner.astop(), loop).result()
+            while not (runner.started or ended.done()):
+                wait([ended], SECONDS_BETWEEN_LOOKS)
+            if not ended.done():
+                asyncio.run_coroutine_threadsafe(runner.astop(), loop).result()
             raise
     ended.result()
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import urllib.error
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,12 @@ def serving(
     assert all(each["paused"] for each in ask(prefect_server.url, "deployments")), "nobody would run them"
 
 
-def start(url: str, deployment: str, **parameters: Any) -> str:
-    """Ask for a run, as Prefect's form does; its id."""
+def start(url: str, deployment: str, seconds: float = 0, **parameters: Any) -> str:
+    """Ask for a run, as Prefect's form does, `seconds` from now; its id."""
     found = {each["name"]: each["id"] for each in ask(url, "deployments")}
-    body = {"parameters": parameters, "enforce_parameter_schema": True}
+    when = datetime.now(UTC) + timedelta(seconds=seconds)
+    planned = {"type": "SCHEDULED", "state_details": {"scheduled_time": when.isoformat()}}
+    body = {"parameters": parameters, "enforce_parameter_schema": True, "state": planned}
     return str(post(url, f"deployments/{found[deployment]}/create_flow_run", body)["id"])
 
 
@@ -137,7 +140,7 @@ def test_overlap_a_killed_run_a_server_that_is_restarted_and_nothing_to_do(
     assert await_end(url, killed)[0] == "Crashed"
     until(lambda: hook.events == ["crash"], "the message of the crash")
 
-    asked = start(url, "lifecycle")
+    asked = start(url, "lifecycle", seconds=25)  # later than `serve` fetches beforehand
     prefect_server.kill()
     toy.go()
     prefect_server.__enter__()
