@@ -58,6 +58,9 @@ def run(
         bool,
         typer.Option("--force", help="Run the named stages (without --stage: all) though they are up to date."),
     ] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="First look for newer data and models at their source.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="How many stages may run side by side.")] = 2,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run in this workspace to end.")
@@ -69,6 +72,8 @@ def run(
         from flows import workspace
 
         with workspace.locked(root, wait):
+            if refresh:
+                _refresh(root)
             code = _run(root, settings or [], presets or [], stages or [], force, jobs, as_json)
     raise typer.Exit(code)
 
@@ -270,6 +275,14 @@ def serve(
 def main() -> None:
     """The entry point of the command."""
     app()
+
+
+def _refresh(root: Path) -> None:
+    from flows.refresh import refresh
+    from tasks.stage.errors import say
+
+    for line in refresh(root):
+        say(line)
 
 
 def _run(

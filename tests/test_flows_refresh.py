@@ -19,7 +19,7 @@ OLD, NEW, FIXED = "a" * 40, "b" * 40, "c" * 40
 
 
 @pytest.fixture
-def toy(tmp_path: Path) -> Toy:
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     """`prepare` copies what lies under inputs, `train` reads that, `other` reads nothing."""
     toy = build(tmp_path / "toy", {"prepare": [], "train": ["prepare"], "other": []}, light=True)
     graph = yaml.safe_load((toy.root / "dvc.yaml").read_text())
@@ -28,6 +28,8 @@ def toy(tmp_path: Path) -> Toy:
     }  # fmt: skip
     (toy.root / "dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
     (toy.root / "inputs").mkdir()
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(toy.root / ".work" / "dvc"))
+    monkeypatch.chdir(toy.root)
     return toy
 
 
