@@ -7,7 +7,9 @@ deletes, caches and records.
 
 import contextlib
 import json
+import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,12 +253,13 @@ def update_imports(root: Path) -> list[str]:
     Returns the paths that changed. Raises UserError when a source cannot be read.
     """
     changed = []
-    with _repository(root, wait=True) as repository:
+    # what DVC has to say goes to stderr: stdout is for results
+    with contextlib.redirect_stdout(sys.stderr), _repository(root, wait=True) as repository:
         for stage in sorted((each for each in repository.index.stages if each.is_import), key=str):
             before = stage.outs[0].hash_info
             [updated] = repository.update(stage.relpath)
             if updated.outs[0].hash_info != before:
-                changed.append(str(updated.outs[0].def_path))
+                changed.append(os.path.relpath(updated.outs[0].fs_path, root))
     return changed
 
 

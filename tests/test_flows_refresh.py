@@ -37,7 +37,9 @@ def due(toy: Toy) -> set[str]:
     return plan(toy.root).due
 
 
-def test_a_changed_file_and_a_changed_import_run_only_what_depends_on_them(toy: Toy, tmp_path: Path) -> None:
+def test_a_changed_file_and_a_changed_import_run_only_what_depends_on_them(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source.txt"
     source.write_text("old\n")
     toy.dvc("import-url", str(source), "inputs/imported.txt")
@@ -54,6 +56,8 @@ def test_a_changed_file_and_a_changed_import_run_only_what_depends_on_them(toy: 
     assert due(toy) == set(), "nobody has looked yet"
     assert refresh(toy.root) == ["inputs/imported.txt: its source has changed"]
     assert due(toy) == {"prepare", "train"}
+
+    assert capsys.readouterr().out == ""
 
     source.unlink()
     with pytest.raises(UserError, match=r"source\.txt"):
