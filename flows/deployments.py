@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, Literal, cast
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import (
     ConcurrencyLimitConfig,
@@ -23,10 +24,13 @@ from flows.scheduled import scheduled
 from tasks.stage.errors import UserError, one_line
 
 SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_BETWEEN_HEARTBEATS = 30
-HEARTBEATS_TO_MISS = 3
+SECONDS_OF_SILENCE = 600.0  # three of Prefect's heartbeats, and some
 LOST = "lifecycle: mark lost runs as crashed"
 STRATEGIES = {"wait": ConcurrencyLimitStrategy.ENQUEUE, "skip": ConcurrencyLimitStrategy.CANCEL_NEW}
+
+
+class Away(Exception):  # noqa: N818 - an outage, which passes
+    """The Prefect server does not answer."""
 
 
 def schedule(cron: str | None, interval: timedelta | None, timezone: str) -> Schedule | None:
@@ -53,7 +57,7 @@ def build(
         cast("Any", scheduled).to_deployment(  # async or not, as it is called
             name=each,
             description=entry.get("description"),
-            parameters={**entry.get("parameters", {}), "overlap": overlap},
+            parameters={**(entry.get("parameters") or {}), "overlap": overlap},
             schedules=[planned] if planned is not None and each == name else [],
             paused=False,
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=STRATEGIES[overlap]),
@@ -64,18 +68,21 @@ def build(
 
 
 def register(served: Sequence[RunnerDeployment]) -> Runner:
-    """Tell the server of the deployments, and to mark runs as crashed whose heartbeats have ended."""
-    runner = Runner(name="lifecycle", heartbeat_seconds=SECONDS_BETWEEN_HEARTBEATS)
-    for deployment in served:
-        runner.add_deployment(deployment)
-    with get_client(sync_client=True) as client:
-        if not client.read_automations_by_name(LOST):
-            client.create_automation(lost_runs())
+    """Tell the server of the deployments, and to mark runs as crashed whose heartbeats have ended. Raises Away."""
+    runner = Runner(name="lifecycle")
+    try:
+        for deployment in served:
+            runner.add_deployment(deployment)
+        with get_client(sync_client=True) as client:
+            if not client.read_automations_by_name(LOST):
+                client.create_automation(lost_runs())
+    except httpx.TransportError as error:
+        raise Away(one_line(error)) from error
     return runner
 
 
 def start_what_is_due(runner: Runner) -> None:
-    """Start the runs that are due, until the server has been away for minutes; then RuntimeError.
+    """Start the runs that are due, for ever; raises Away when the server does not answer for some time.
 
     KeyboardInterrupt cancels the runs that go on, pauses the schedules, and is raised again.
     """
@@ -91,11 +98,15 @@ def start_what_is_due(runner: Runner) -> None:
             if not ended.done():
                 asyncio.run_coroutine_threadsafe(runner.astop(), loop).result()
             raise
-    ended.result()
+    try:
+        ended.result()
+    except Exception as error:  # of several kinds, in groups: it ends by itself for no other reason
+        raise Away(one_line(error)) from error
 
 
 def lost_runs() -> AutomationCore:
-    """Mark a run as crashed when it has said nothing for a while and has not ended: its machine went down."""
+    """Mark a scheduled run as crashed when it has said nothing for a while and has not ended: its machine, or
+    whoever started it, went down."""
     ends = ("Completed", "Skipped", "Failed", "Cancelled", "Crashed")
     return AutomationCore(
         name=LOST,
@@ -103,10 +114,11 @@ def lost_runs() -> AutomationCore:
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)},
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": scheduled.name},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=SECONDS_BETWEEN_HEARTBEATS * HEARTBEATS_TO_MISS),
+            within=timedelta(seconds=SECONDS_OF_SILENCE),
         ),
         actions=[
             ChangeFlowRunState(

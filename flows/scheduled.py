@@ -40,7 +40,7 @@ def tell_of_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
     notify.send(notify.Message("crash", text, {"title": flow_run.name, "flow_run": str(flow_run.id)}))
 
 
-@flow(name="scheduled", persist_result=False, on_crashed=[tell_of_crash])
+@flow(name="scheduled-lifecycle", persist_result=False, on_crashed=[tell_of_crash])
 def scheduled(
     stages: tuple[StageName, ...] = (),
     alone: bool = False,

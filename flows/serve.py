@@ -65,10 +65,9 @@ def serve(
                 sys.stdout.write(f"serving {names}; {name} runs {when}; Prefect is at {url}; Ctrl-C ends it\n")
                 sys.stdout.flush()
                 deployments.start_what_is_due(runner)
-            except Exception as error:
-                if server.answers(url):
-                    raise
-                say(f"Prefect went away: {one_line(error)[:120]}")
+            except deployments.Away as error:
+                say(f"the Prefect server went away ({one_line(error)[:120]})")
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _length(text: str) -> timedelta:
