@@ -68,7 +68,10 @@ def build(
 
 
 def register(served: Sequence[RunnerDeployment]) -> Runner:
-    """Tell the server of the deployments, and to mark runs as crashed whose heartbeats have ended. Raises Away."""
+    """Tell the server of the deployments, and to mark lost runs as crashed; gives what starts the runs.
+
+    Raises Away.
+    """
     runner = Runner(name="lifecycle")
     try:
         for deployment in served:
