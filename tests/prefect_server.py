@@ -28,7 +28,7 @@ class PrefectServer:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_HOME", str(self.home))
             self.process = server.start(self.folder, self.port, "--no-ui")
-        server.await_start(self.url, self.process, Event(), seconds=3000)
+        server.await_start(self.url, self.process, Event(), seconds=300)
         return self
 
     def __exit__(self, *_: object) -> None:
