@@ -118,7 +118,8 @@ def test_wrong_parameters_are_refused_by_the_form(
 ) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         start(prefect_server.url, "lifecycle", **parameters)
-    assert refused.value.code in (409, 422)
+    refused.value.close()
+    assert refused.value.code == 409
 
 
 @pytest.mark.usefixtures("serving")
@@ -144,7 +145,7 @@ def test_overlap_a_killed_run_a_server_that_is_restarted_and_nothing_to_do(
     prefect_server.kill()
     toy.go()
     prefect_server.__enter__()
-    assert await_end(url, asked) == ("Completed", "train +1")
+    assert await_end(url, asked) == ("Completed", "train, evaluate")
     assert toy.starts() == ["prepare", "train", "train", "evaluate"], "what was done is not done again"
 
     toy.forget_starts()
