@@ -1,5 +1,5 @@
-"""The command `lifecycle`: run, sweep, apply, compare, status, report, chat,
-label, verify, upload, ui, register, promote, lineage, reproduce, serve.
+"""The command `lifecycle`: run, sweep, apply, compare, status, report, chat, label, verify, upload, ui,
+register, promote, lineage, reproduce, endpoint, serve.
 
 `lifecycle COMMAND --help` has examples.
 
@@ -59,6 +59,9 @@ def run(
         bool,
         typer.Option("--force", help="Run the named stages (without --stage: all) though they are up to date."),
     ] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="First look for newer data and models at their source.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="How many stages may run side by side.")] = 2,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run in this workspace to end.")
@@ -85,6 +88,8 @@ def run(
         seconds = None if deadline is None else rankings.duration(deadline)
         awaited = None if wanted is None else rankings.Wanted(wanted, seconds, late)
         with workspace.locked(root, wait):
+            if refresh:
+                _refresh(root)
             code = _run(root, settings or [], presets or [], stages or [], force, jobs, awaited, as_json)
     raise typer.Exit(code)
 
@@ -239,12 +244,23 @@ def compare(
             _write_json(found)
 
 
-@app.command(epilog="Example:  lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'")
-def status(as_json: AsJson = False) -> None:
+@app.command(
+    epilog="Examples:  lifecycle status --watch   |   "
+    "lifecycle status --json | jq '.stages[] | select(.state != \"up to date\")'"
+)
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Until Ctrl-C, anew at each change; with --json a line for each.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say of each stage whether it is up to date, what changed, and whether it runs now."""
     with _workspace() as root:
         from flows import status as found
 
+        if watch:
+            found.watch(root, as_json)
+            return
         report = found.look(root)
         if as_json:
             _write_json({"stages": report})
@@ -412,8 +428,9 @@ def register(
 def promote(version: Version = "challenger", as_json: AsJson = False) -> None:
     """Make a version the champion if it passes every gate; else change nothing and exit with 3."""
     with _workspace() as root:
+        from flows import notify, workspace
         from flows import promote as gate
-        from flows import workspace
+        from tasks.stage.errors import GateRefused
 
         with workspace.locked(root):  # a stage that runs meanwhile would spoil the timing
             ours, champion, found = gate.judge(version)
@@ -422,7 +439,11 @@ def promote(version: Version = "challenger", as_json: AsJson = False) -> None:
                 _write_json({"version": ours.number, "over": champion and champion.number, "gates": verdicts})
             else:
                 gate.show(ours, champion, found)
-            gate.promote(ours, champion, found)
+            try:
+                gate.promote(ours, champion, found)
+            except GateRefused as refusal:
+                notify.send(notify.Message("gate", str(refusal)))
+                raise
 
 
 @app.command(epilog="Example:  lifecycle lineage champion")
@@ -458,23 +479,52 @@ def reproduce(
 
 
 @app.command(
-    epilog="Example:  lifecycle serve champion --port 5002   |   curl -H 'Content-Type: application/json' "
+    epilog="Example:  lifecycle endpoint champion --port 5002   |   curl -H 'Content-Type: application/json' "
     '-d \'{"inputs": [{"prompt": "...", "max_new_tokens": 40}]}\' 127.0.0.1:5002/invocations'
 )
-def serve(
+def endpoint(
     version: Version = "champion",
     port: Annotated[int, typer.Option(help="Port of the service.")] = 5002,
 ) -> None:
     """Serve a registered version on this machine alone, until Ctrl-C."""
     with _workspace() as root:
-        from flows.serve import serve as answer
+        from flows.endpoint import answer
 
         answer(root, version, port)
+
+
+@app.command(
+    epilog="Examples:  lifecycle serve --cron '0 3 * * *' --timezone Europe/Berlin   |   "
+    "lifecycle serve --interval 6h --overlap skip   |   lifecycle serve --deployment evaluation --interval 1d"
+)
+def serve(
+    cron: Annotated[str | None, typer.Option(help="When to run: minute hour day month weekday.")] = None,
+    interval: Annotated[str | None, typer.Option(help="How often to run: 30m, 6h, 1d.")] = None,
+    timezone: Annotated[str, typer.Option(help="Of the cron line.")] = "UTC",
+    deployment: Annotated[str, typer.Option(help="Which of prefect.yaml the schedule is for.")] = "lifecycle",
+    overlap: Annotated[
+        Literal["wait", "skip"], typer.Option(help="What a run does while another one has the workspace.")
+    ] = "wait",
+    port: Annotated[int, typer.Option(help="Of the Prefect server, unless one is configured.")] = 4200,
+) -> None:
+    """Run the pipeline on a schedule, or when asked in Prefect's UI, until Ctrl-C."""
+    with _workspace() as root:
+        from flows.serve import serve as keep_running
+
+        keep_running(root, deployment, cron, interval, timezone, overlap, port)
 
 
 def main() -> None:
     """The entry point of the command."""
     app()
+
+
+def _refresh(root: Path) -> None:
+    from flows.refresh import refresh
+    from tasks.stage.errors import say
+
+    for line in refresh(root):
+        say(line)
 
 
 def _run(
@@ -487,22 +537,9 @@ def _run(
     wanted: "Wanted | None",
     as_json: bool,
 ) -> int:
-    from flows import pipeline
-    from flows.run import plan
-    from tasks.stage.errors import say
-    from tasks.stage.params import PARAMS_FILE, check_all, read_yaml
+    from flows.run import ready
 
-    if settings or presets:
-        from flows import params_file
-
-        for line in params_file.change(root, presets, settings):
-            say(f"params.yaml: {line}")
-    for line in pipeline.mend(root):
-        say(line)
-    read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
-    planned = plan(root, stages, force, jobs, wanted)
-    if planned.due:
-        check_all()
+    planned = ready(root, settings, presets, stages, force, jobs, wanted=wanted)
     code = _carry_out(planned, quiet=as_json)
     if as_json:
         from flows.run import as_json as results
@@ -514,7 +551,7 @@ def _run(
 def _carry_out(run: "Run", quiet: bool) -> int:
     from rich.console import Console
 
-    from flows import display, server
+    from flows import closing, display, server
     from tasks.stage.errors import say
 
     recorded = True
@@ -524,33 +561,18 @@ def _carry_out(run: "Run", quiet: bool) -> int:
         if run.due:
             run.record()
         recorded = execute(run, display.display(run, quiet))
-        run.close()
     else:
         run.settle_rest()
         say(f"Everything is up to date: {len(run.stages)} stages, nothing to do.")
+    page = closing.close(run)
     if not quiet:
         display.show_result(run, Console())
     display.show_failures(run, Console(stderr=True))
-    if run.code != INTERRUPTED:
-        _write_page(run.root, quiet)
+    if page is not None and not quiet:
+        sys.stdout.write(f"\nto look at: {page.relative_to(run.root)}\n")
     if not recorded:
         _leave(run.code)
     return run.code
-
-
-def _write_page(root: Path, quiet: bool) -> None:
-    """The page of `lifecycle report`: whatever goes wrong with it, the run is what it was."""
-    from tasks.stage.errors import one_line, say
-
-    try:
-        from flows import page
-
-        path = page.write(root).relative_to(root)
-    except Exception as error:
-        say(f"warning: the page reports/lifecycle.html was not written: {one_line(error)[:160]}")
-    else:
-        if not quiet:
-            sys.stdout.write(f"\nto look at: {path}\n")
 
 
 @contextmanager

@@ -46,20 +46,37 @@ def settle(run: Run, name: str) -> State[None]:
 @flow(name="lifecycle", persist_result=False, validate_parameters=False)
 def lifecycle(run: Run) -> State[None]:
     """Bring every stage of `run` up to date."""
-    run.flow_run_id = str(flow_run.id)
+    return settle_all(run)
+
+
+def settle_all(run: Run) -> State[None]:
+    """What a flow of ours does: a task for each stage, then the artifacts; gives the flow's last state.
+
+    When the flow is being stopped, the stages save their checkpoints first; when Prefect itself fails, the
+    stages that run end as they would have.
+    """
+    run.flow_run_id, run.flow_run_url = str(flow_run.id), str(flow_run.ui_url or "")
     run.pause = lambda message: paused(run.flow_run_id, message)
     futures: dict[str, PrefectFuture[Any]] = {}
-    for stage in run.stages.values():
-        stage_task = settle.with_options(
-            name=stage.name,
-            task_run_name=stage.name,
-            retries=stage.meta.retries,
-            retry_delay_seconds=stage.meta.retry_delay,
-            retry_condition_fn=worth_retrying,
-        )
-        parents = [futures[parent] for parent in stage.parents if parent in futures]
-        futures[stage.name] = stage_task.submit(run, stage.name, return_state=False, wait_for=parents)
-    wait(list(futures.values()))
+    try:
+        for stage in run.stages.values():
+            stage_task = settle.with_options(
+                name=stage.name,
+                task_run_name=stage.name,
+                retries=stage.meta.retries,
+                retry_delay_seconds=stage.meta.retry_delay,
+                retry_condition_fn=worth_retrying,
+            )
+            parents = [futures[parent] for parent in stage.parents if parent in futures]
+            futures[stage.name] = stage_task.submit(run, stage.name, return_state=False, wait_for=parents)
+        wait(list(futures.values()))
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            run.stop.set()
+        for future in futures.values():
+            with suppress(Exception):
+                future.wait()
+        raise
     create_table_artifact(as_rows(run), key="stages", description="What became of each stage")
     create_markdown_artifact(as_markdown(run), key="summary", description="The run in short")
     return _end(run)
@@ -105,7 +122,8 @@ def start(run: Run) -> None:
 
 def _end(run: Run) -> State[None]:
     if run.code == 0:
-        return Completed(message=run.title)
+        up_to_date = "" if run.due else f": {len(run.stages)} stages are up to date"
+        return Completed(message=f"{run.title}{up_to_date}")
     if run.code == INTERRUPTED:
         return Cancelled(message="stopped by the user")
     failed = [result.stage for result in run.results.values() if result.state == "failed"]

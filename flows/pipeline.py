@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -278,6 +279,22 @@ def mend(root: Path) -> list[str]:
             path.rename(path.with_suffix(".lock.broken"))
             done.append(f"{LOCK_FILE} cannot be read ({fault}): moved to {LOCK_FILE}.broken and written anew")
     return done
+
+
+def update_imports(root: Path) -> list[str]:
+    """Fetch anew what `dvc import` and `dvc import-url` brought here and has changed where it comes from.
+
+    Returns the paths that changed. Raises UserError when a source cannot be read.
+    """
+    changed = []
+    # what DVC has to say goes to stderr: stdout is for results
+    with contextlib.redirect_stdout(sys.stderr), _repository(root, wait=True) as repository:
+        for stage in sorted((each for each in repository.index.stages if each.is_import), key=str):
+            before = stage.outs[0].hash_info
+            [updated] = repository.update(stage.relpath)
+            if updated.outs[0].hash_info != before:
+                changed.append(os.path.relpath(updated.outs[0].fs_path, root))
+    return changed
 
 
 def _read(root: Path, look: Callable[[Any], T]) -> T:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flows import links, pipeline
 from flows.run import GOOD, Run, metrics
 
 VARIANT_COLUMNS = {
@@ -62,7 +63,16 @@ def as_markdown(run: Run) -> str:
     parts = [f"# {run.title}", _table(as_rows(run))]
     if variants := variants_of(run):
         parts.append(_table(variants))
+    if found := mlflow_runs(run):
+        parts.append("MLflow: " + " · ".join(f"[{name}]({url})" for name, url in found.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def mlflow_runs(run: Run) -> dict[str, str]:
+    """The addresses of the MLflow runs: that of this run, and of each stage the one that made what is there."""
+    ids = {name: pipeline.exit_record(run.root, name).get("mlflow_run_id") for name in run.stages}
+    found = {"this run": run.mlflow_id, **ids}
+    return {name: links.mlflow_run(run_id) for name, run_id in found.items() if run_id}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

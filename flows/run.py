@@ -11,20 +11,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import pipeline, point, rankings
+from flows import links, pipeline, point, rankings
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
 from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
-from tasks.stage.params import PARAMS_FILE, read_yaml
+from tasks.stage.params import PARAMS_FILE, check_all, read_yaml
 from tasks.stage.recorder import Recorder, Status
 
 INTERRUPTED = 130
@@ -74,6 +74,7 @@ class Run:
         self.stop = threading.Event()
         self.parent: Recorder | None = None
         self.flow_run_id = ""
+        self.flow_run_url = ""
         self.wanted = wanted
         self.pause: Callable[[str], AbstractContextManager[Callable[[], bool]]] = _no_pause
         awaiting = {rankings.STAGE} if wanted else set()
@@ -103,6 +104,12 @@ class Run:
         if not failed:
             return 0 if all(result.state in GOOD for result in self.results.values()) else 1
         return failed[0] if failed[0] in {2, 3, pipeline.TRY_AGAIN} else 1
+
+    @property
+    def mlflow_id(self) -> str | None:
+        """The MLflow run of this run; None when it has none, or MLflow has not heard of it yet."""
+        known = self.parent and self.parent.folder / "run_id"
+        return known.read_text(encoding="ascii") if known and known.is_file() else None
 
     def record(self) -> None:
         """Start the run's own record in MLflow, parent of those of its stages."""
@@ -153,14 +160,21 @@ class Run:
                 with contextlib.suppress(Exception):  # told in its result
                     self.settle(name)
 
-    def close(self) -> None:
-        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would."""
+    def close(self, page: Path | None = None) -> None:
+        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would.
+
+        The run's record in MLflow gets `page`, and links to the Prefect run and to it.
+        """
         for result in self.results.values():
             if result.state in ("waiting", "running"):
                 result.state = "stopped" if self.stop.is_set() else "not run"
-        pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
+        if self.due:
+            pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
         if self.parent is not None:
-            self.parent.tags({"prefect.flow_run_id": self.flow_run_id})
+            if page is not None:
+                self.parent.artifact(page)
+            note = links.note(self.flow_run_url, page)
+            self.parent.tags({"prefect.flow_run_id": self.flow_run_id, "mlflow.note.content": note})
             tracking.end_parent(self.parent, _status(self.code))
 
     def _await_rankings(self, wanted: rankings.Wanted) -> None:
@@ -237,14 +251,44 @@ def has_gpu() -> bool:
     return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
+def ready(
+    root: Path,
+    settings: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    targets: Iterable[str] = (),
+    force: bool = False,
+    jobs: int = 2,
+    alone: bool = False,
+    wanted: rankings.Wanted | None = None,
+) -> Run:
+    """A run as `plan` makes it, once params.yaml has the presets and settings, and all of it is checked.
+
+    Files of DVC that a crash cut short are mended first. Raises UserError for wrong params, stages or dvc.yaml.
+    """
+    if settings or presets:
+        from flows import params_file
+
+        for line in params_file.change(root, presets, settings):
+            say(f"params.yaml: {line}")
+    for line in pipeline.mend(root):
+        say(line)
+    read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
+    planned = plan(root, targets, force, jobs, alone, wanted)
+    if planned.due:
+        check_all()
+    return planned
+
+
 def plan(
     root: Path,
     targets: Iterable[str] = (),
     force: bool = False,
     jobs: int = 2,
+    alone: bool = False,
     wanted: rankings.Wanted | None = None,
 ) -> Run:
-    """A run of the stages `targets` and all they need; of every stage when none is named.
+    """A run of the stages `targets` and all they need (not when they run `alone`); of every stage when none is
+    named.
 
     `force` runs the named stages (all of them, when none is) though they are up to date. Raises UserError for
     an unknown stage, a wrong dvc.yaml, or rankings that are `wanted` though no stage of the run reads them.
@@ -254,7 +298,7 @@ def plan(
     for name in named:
         if name not in graph:
             raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
-    chosen = with_ancestors(graph, named) if named else set(graph)
+    chosen = set(graph) if not named else set(named) if alone else with_ancestors(graph, named)
     stages = {name: stage for name, stage in graph.items() if name in chosen}
     if wanted is not None:
         rankings.check(root, stages)

@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from prefect_server import PrefectServer
 
 QUIET = {
     "DO_NOT_TRACK": "true",
@@ -134,3 +137,25 @@ def mlflow_store(mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.Monk
     address = f"sqlite:///{file}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     return address
+
+
+@pytest.fixture(scope="session")
+def prefect_home(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PREFECT_HOME that the tests share."""
+    return Path(shutil.copytree(prefect_template, tmp_path_factory.mktemp("home") / "prefect"))
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["PrefectServer"]:
+    """A Prefect server that the tests share; one that kills it starts it again."""
+    from prefect_server import PrefectServer
+
+    with PrefectServer(tmp_path_factory.mktemp("server"), prefect_home) as running:
+        yield running
+
+
+@pytest.fixture
+def served(prefect_server: "PrefectServer", monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of that server, which runs use."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server.url)
+    return prefect_server.url

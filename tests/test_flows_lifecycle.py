@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -17,56 +16,20 @@ from typing import Any
 import psutil
 import pytest
 from label_toys import toy_that_waits
+from prefect_server import PrefectServer, ask
 from toy import CHILD_SECONDS, Toy, build, until
+from webhook import Webhook
 
-from flows import pipeline, processes, rankings, report, run, server, verify
+from flows import links, pipeline, rankings, report, run, server, verify
+from tasks.stage.recorder import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
 DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
 
 
-@pytest.fixture(scope="module")
-def prefect_home(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(prefect_template, tmp_path_factory.mktemp("home") / "prefect"))
-
-
-@pytest.fixture(scope="module")
-def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server that the tests share."""
-    folder = tmp_path_factory.mktemp("server")
-    with start_server(folder, prefect_home) as url:
-        yield url
-
-
-class start_server:  # noqa: N801 - used as a function
-    """A Prefect server with its records in `home`; `process` may be killed."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.folder, self.home = folder, home
-
-    def __enter__(self) -> str:
-        (self.folder / ".work").mkdir(exist_ok=True)
-        port = server.free_port()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_HOME", str(self.home))
-            self.process = server.start(self.folder, port, "--no-ui")
-        url = f"http://127.0.0.1:{port}/api"
-        server.await_start(url, self.process, Event())
-        return url
-
-    def __exit__(self, *_: object) -> None:
-        processes.end_group(self.process, seconds=5)
-
-
 @pytest.fixture(autouse=True)
 def environment(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(prefect_home))
-
-
-@pytest.fixture
-def served(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
-    return prefect_url
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +47,6 @@ def expected_lock(unstarted: Toy, tmp_path_factory: pytest.TempPathFactory) -> d
     toy.go()
     toy.dvc("repro")
     return toy.lock()
-
-
-def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
-    """What the server has on record, newest first."""
-    request = urllib.request.Request(
-        f"{url}/{what}/filter", json.dumps(conditions).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return sorted(json.load(answer), key=lambda each: each["created"], reverse=True)
 
 
 def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothing(tmp_path: Path) -> None:
@@ -164,6 +118,34 @@ def test_scores_of_variants_are_those_of_this_run(state: Any, shown: int, tmp_pa
     assert len(report.variants_of(toy)) == shown
 
 
+def test_a_run_links_to_its_mlflow_runs_and_its_mlflow_run_links_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meta = pipeline.Meta(**pipeline.USUAL_META)
+    toy = run.Run(tmp_path, {"a": pipeline.Stage("a", "a", (), (), meta)}, {"a": ()}, frozenset(), jobs=1)
+    toy.parent, toy.flow_run_url = Recorder("toy", {}), "http://127.0.0.1:4200/flow-runs/flow-run/7"
+    (toy.parent.folder / "run_id").write_text("beef")
+    (tmp_path / ".work" / "a").mkdir()
+    (tmp_path / ".work" / "a" / "last.json").write_text('{"mlflow_run_id": "cafe"}')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/")
+    assert report.as_markdown(toy).endswith(
+        "MLflow: [this run](https://mlflow.example/#/runs/beef) · [a](https://mlflow.example/#/runs/cafe)\n"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert links.mlflow_run("cafe") == "http://127.0.0.1:5000/#/runs/cafe"
+
+    page = tmp_path / "lifecycle.html"
+    page.write_text("<html></html>")
+    toy.close(page)
+    events = [json.loads(line) for line in (toy.parent.folder / "events.jsonl").read_text().splitlines()]
+    tags = next(event["values"] for event in events if "mlflow.note.content" in event.get("values", {}))
+    assert tags["mlflow.note.content"] == (
+        f"[Prefect run]({toy.flow_run_url}) · report: lifecycle.html, among the artifacts"
+    )
+    assert [event["file"] for event in events if event["kind"] == "artifact"] == ["lifecycle.html"]
+
+
 def test_a_preset_and_force_leave_the_same_lock_however_often(tmp_path: Path, served: str) -> None:
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
     preset = toy.root / "presets" / "other.yaml"
@@ -216,8 +198,11 @@ def test_a_failing_stage_stops_only_what_depends_on_it_and_only_crashes_are_retr
     toy.set("crash", outcome="crash")
     toy.set("killed", outcome="kill once")
     toy.set("again", outcome="again once")
-    done = toy.lifecycle("run", "--json", code=2)
+    with Webhook() as hook:
+        done = toy.lifecycle("run", "--json", code=2, LIFECYCLE_WEBHOOK=hook.address)
 
+    assert sorted(hook.events) == ["failure", "failure", "gate"]
+    assert hook.address not in done.stderr
     results = {entry["stage"]: entry for entry in json.loads(done.stdout)["stages"]}
     assert {name: entry["state"] for name, entry in results.items()} == {
         "wrong": "failed", "after_wrong": "not run", "gate": "failed", "crash": "failed", "killed": "done",
@@ -338,12 +323,12 @@ def test_a_prefect_server_that_dies_takes_only_its_record_along(
 ) -> None:
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
     toy.set("a", outcome="wait")
-    mortal = start_server(tmp_path, Path(shutil.copytree(prefect_template, tmp_path / "home")))
-    with mortal as url:
-        monkeypatch.setenv("PREFECT_API_URL", url)
+    home = Path(shutil.copytree(prefect_template, tmp_path / "home"))
+    with PrefectServer(tmp_path, home) as mortal:
+        monkeypatch.setenv("PREFECT_API_URL", mortal.url)
         run = toy.start("run")
         toy.await_stage("a")
-        os.killpg(mortal.process.pid, signal.SIGKILL)
+        mortal.kill()
         toy.go()
         output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
