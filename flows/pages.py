@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -77,6 +78,10 @@ def launch(page: "Blocks", host: str, port: int, css: str) -> None:
                 sys.stdout.write(f"{address}\n")
                 sys.stdout.flush()
                 say("Ctrl-C ends it")
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            logging.getLogger("uvicorn.error").disabled = True  # an open page's connection is cut: no error
+            await super().shutdown(sockets)
 
     try:
         config = uvicorn.Config(

@@ -58,13 +58,11 @@ class Browser:
         """Open a file or an address in a window of this size, for people who prefer this colour scheme: "light"
         or "dark".
         """
-        self.events.clear()
+        self._go("about:blank")  # what the page before it still has to say is not this one's
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._next())
+        self._go(page if isinstance(page, str) else page.as_uri())
         return self
 
     def ask(self, expression: str = QUESTION) -> Any:
@@ -103,6 +101,12 @@ class Browser:
         """Write the whole page as a PNG."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _go(self, address: str) -> None:
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
 
     def _next(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._socket.recv(timeout=SECONDS))

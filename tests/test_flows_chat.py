@@ -133,6 +133,7 @@ def test_without_the_password_nothing_is_told(service: Service) -> None:
     for path in ("config", "gradio_api/info", "gradio_api/queue/join"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(service.url + path)
+        refused.value.close()
         assert refused.value.code in (401, 405)
 
 
