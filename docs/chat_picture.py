@@ -9,15 +9,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "chat.png"
 SECONDS = 300
 WIDTH, HEIGHT = 1200, 1350
-SETTINGS = {"temperature": "1.5", "top_k": "8", "top_p": "0.9"}
+SETTINGS = {"temperature": "1.2", "top_k": "8", "top_p": "0.95"}
+COLOURS = 64
 TYPE = """
-const field = document.querySelector('#{name} input[type=number]');
-Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, '{value}');
-for (const event of ['input', 'change', 'blur']) field.dispatchEvent(new Event(event, {{bubbles: true}}));
+(field => {{
+  Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, '{value}');
+  for (const event of ['input', 'change', 'blur']) field.dispatchEvent(new Event(event, {{bubbles: true}}));
+}})(document.querySelector('#{name} input[type=number]'))
 """
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -43,6 +47,7 @@ def main() -> None:
         ):
             _ask(tab.open(url, WIDTH, HEIGHT, "light"))
             tab.picture(PICTURE)
+        Image.open(PICTURE).quantize(COLOURS).save(PICTURE, optimize=True)
     finally:
         process.terminate()
         process.wait()
@@ -51,17 +56,19 @@ def main() -> None:
 def _ask(tab: browser.Browser) -> None:
     tab.until("document.querySelector('#answer') !== null")
     tab.ask("[...document.querySelectorAll('#strategy label')][1].click()")
-    tab.until("document.querySelector('#temperature input[type=number]') !== null")
-    for name, value in SETTINGS.items():
-        tab.ask(TYPE.format(name=name, value=value))
     tab.ask("document.querySelector('#answer').click()")
     tab.until("document.querySelectorAll('#answers dl').length === 2")
     tab.until("document.querySelector('#strip button') !== null")
+    for name, value in SETTINGS.items():
+        tab.until(f"document.querySelector('#{name} input[type=number]') !== null")
+        tab.ask(TYPE.format(name=name, value=value))
+        shown = f"{name.replace('_', '-')} {value}"
+        tab.until(f"document.querySelector('#chart').innerText.includes('{shown}')")
     tab.ask(
         "[...document.querySelectorAll('#strip button')]"
         ".sort((a, b) => parseFloat(a.title) - parseFloat(b.title))[0].click()"
     )
-    tab.until("document.querySelectorAll('#strip button').length > 0 && document.querySelector('#chart .cut')")
+    tab.until("document.querySelector('#chart .cut') !== null")
     time.sleep(1)  # bars grow
 
 

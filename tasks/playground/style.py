@@ -44,7 +44,7 @@ STYLE = """
 .strip button:hover { border-color: var(--c0); }
 .strip button[aria-current] { outline: 2px solid var(--c1); outline-offset: 1px; }
 .scroll { overflow-x: auto; }
-.page table.chart { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 340px;
+.page table.chart { border-collapse: collapse; border: 0; width: 100%; table-layout: fixed; min-width: 340px;
   margin: 4px 0; }
 .page .chart th, .page .chart td { text-align: left; vertical-align: middle; padding: 3px 10px 3px 0; border: 0;
   color: var(--ink); background: none; font-weight: 400; }
