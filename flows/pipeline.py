@@ -220,7 +220,7 @@ def share_cache(root: Path, folder: Path) -> None:
     settings = Path(".dvc", "config.local")
     if (root / settings).is_file():
         shutil.copy(root / settings, folder / settings)
-    cache = str(cache_folder(root))
+    cache = _read(root, lambda repository: str(repository.cache.local_cache_dir))
     with _repository(folder) as repository, repository.config.edit("local") as config:
         config.setdefault("cache", {})["dir"] = cache
 

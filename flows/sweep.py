@@ -275,7 +275,7 @@ class Work:
         self._environment["PREFECT_API_URL"] = url
 
     def go_on(self, threads: ThreadPoolExecutor) -> bool:
-        """Start what can start and see what has ended; whether there is anything left to wait for."""
+        """Start what can start and see what has ended; whether it is worth coming again."""
         while len(self.running) < self.jobs and not self.stop.is_set():
             record = self._plan.take(list(self.running.values()))
             if record is None:
@@ -286,7 +286,7 @@ class Work:
         for future in done:
             del self.running[future]
             future.result()
-        return bool(self.running)
+        return bool(self.running or done)
 
     def _settle(self, record: Record) -> None:
         """Run one point to its end, and write down what became of it, whatever goes wrong."""

@@ -200,7 +200,16 @@ def build(
     (root / ".work").mkdir()
     (root / ".dvc" / "config").write_text(DVC_CONFIG)
     (root / ".dvcignore").write_text("__pycache__/\n.work/\n")
-    (root / ".gitignore").write_text("__pycache__/\n.work/\n/data/\n.dvc/tmp\n.dvc/cache\n.dvc/storage\n")
+    ignored = (
+        "__pycache__/",
+        ".work/",
+        "/data/",
+        ".dvc/tmp",
+        ".dvc/cache",
+        ".dvc/storage",
+        ".dvc/config.local",
+    )
+    (root / ".gitignore").write_text("".join(f"{path}\n" for path in ignored))
     (root / "tasks" / "__init__.py").write_text(PACKAGE)
     (root / "tasks" / "behaviour.py").write_text(BEHAVIOUR)
     stages = {}
