@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import Toy, build
 
-from flows import charts, findings, page, pipeline
+from flows import charts, findings, page, page_parts, pipeline
 from flows.charts import Dot, Line, Span
 from flows.graph_picture import Box, direct, layers, picture
 from tasks.stage import tracking
@@ -174,7 +174,7 @@ def test_markdown_takes_pictures_in_and_html_not(tmp_path: Path) -> None:
         f"# Title\n\n{HOSTILE}\n\n![a & b](a.png) ![gone](b.png) ![out](../../outside.png) ![web](http://x.org/x.png)"
         "\n\n| a | b |\n| --- | ---: |\n| 1 | <b> |\n\n- one\n\n    code <i>\n\n[x](javascript:alert(1))\n"
     )
-    found = page.markdown(text, inside, tmp_path / "root")
+    found = page_parts.markdown(text, inside, tmp_path / "root")
     assert 'alt="a &amp; b" src="data:image/png;base64,cGljdHVyZQ=="' in found
     assert found.count("<img") == 1
     assert "<h3>Title</h3>" in found and "<td>1</td>" in found and "<li>" in found
