@@ -31,6 +31,16 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 wrong use, params or data; 3 a check said no; 75 try later; 130 interrupted.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, for scripts.")]
+Presets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--preset", metavar="NAME", help="Merge presets/NAME.yaml into params.yaml first; repeatable."
+    ),
+]
+Stages = Annotated[
+    list[str] | None,
+    typer.Option("--stage", metavar="NAME", help="Only this stage and what it needs; repeatable."),
+]
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="A number or an alias.")]
 
 
@@ -45,16 +55,8 @@ def run(
             "--set", metavar="SECTION.KEY=VALUE", help="Write this into params.yaml first; repeatable."
         ),
     ] = None,
-    presets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--preset", metavar="NAME", help="Merge presets/NAME.yaml into params.yaml first; repeatable."
-        ),
-    ] = None,
-    stages: Annotated[
-        list[str] | None,
-        typer.Option("--stage", metavar="NAME", help="Only this stage and what it needs; repeatable."),
-    ] = None,
+    presets: Presets = None,
+    stages: Stages = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Run the named stages (without --stage: all) though they are up to date."),
@@ -84,7 +86,10 @@ def run(
     """Bring the pipeline up to date, running only what changed."""
     with _workspace() as root:
         from flows import rankings, workspace
+        from tasks.stage.errors import UserError
 
+        if deadline is not None and wanted is None:
+            raise UserError("--deadline is for --wait-for-rankings N: say how many to wait for")
         seconds = None if deadline is None else rankings.duration(deadline)
         awaited = None if wanted is None else rankings.Wanted(wanted, seconds, late)
         with workspace.locked(root, wait):
@@ -111,14 +116,8 @@ def sweep(
             "mapping keeps its brackets ([a, b]), text with a comma its quotes. One value: for all points.",
         ),
     ] = None,
-    presets: Annotated[
-        list[str] | None,
-        typer.Option("--preset", metavar="NAME", help="Merge presets/NAME.yaml first; repeatable."),
-    ] = None,
-    stages: Annotated[
-        list[str] | None,
-        typer.Option("--stage", metavar="NAME", help="Only this stage and what it needs; repeatable."),
-    ] = None,
+    presets: Presets = None,
+    stages: Stages = None,
     search: Annotated[
         list[str] | None,
         typer.Option(

@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
+    from browser import Browser
     from prefect_server import PrefectServer
 
 QUIET = {
@@ -159,3 +160,18 @@ def served(prefect_server: "PrefectServer", monkeypatch: pytest.MonkeyPatch) -> 
     """The address of that server, which runs use."""
     monkeypatch.setenv("PREFECT_API_URL", prefect_server.url)
     return prefect_server.url
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    """A Chromium for the tests of a file."""
+    import browser
+
+    program = browser.found()
+    if program is None:
+        problem = "no Chromium here: tests/install_browser installs one on Debian, for root"
+        if "CI" in os.environ:
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with browser.started(program, tmp_path_factory.mktemp("chromium")) as started:
+        yield started

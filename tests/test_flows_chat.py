@@ -92,24 +92,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def tab(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+def tab(service: Service, tab: browser.Browser) -> browser.Browser:
     """A browser that has given the password."""
-    program = browser.found()
-    if program is None:
-        problem = "no Chromium here: tests/install_browser installs one on Debian, for root"
-        if "CI" in os.environ:
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with browser.started(program, tmp_path_factory.mktemp("chromium")) as started:
-        started.open(service.url, 400, 900, "light")
-        for password, status in (("guess", 400), (PASSWORD, 200)):
-            started.ask(
-                f"fetch('login', {{method: 'POST', body: new URLSearchParams({{username: 'me', password: "
-                f"'{password}'}})}}).then(answer => window.status_ = answer.status); 0"
-            )
-            assert started.until("window.status_") == status
-            started.ask("window.status_ = 0")
-        yield started
+    tab.open(service.url, 400, 900, "light")
+    for password, status in (("guess", 400), (PASSWORD, 200)):
+        tab.ask(
+            f"fetch('login', {{method: 'POST', body: new URLSearchParams({{username: 'me', password: "
+            f"'{password}'}})}}).then(answer => window.status_ = answer.status); 0"
+        )
+        assert tab.until("window.status_") == status
+        tab.ask("window.status_ = 0")
+    return tab
 
 
 def opened(tab: browser.Browser, service: Service, width: int = 1600, scheme: str = "light") -> browser.Browser:

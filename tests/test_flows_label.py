@@ -97,18 +97,6 @@ def service(workplace: Workplace) -> Iterator[Service]:
             service.end(signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    program = browser.found()
-    if program is None:
-        problem = "no Chromium here: tests/install_browser installs one on Debian, for root"
-        if "CI" in os.environ:
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with browser.started(program, tmp_path_factory.mktemp("chromium")) as started:
-        yield started
-
-
 def visible(*names: str) -> str:
     return " || ".join(f"document.querySelector('.{name}')?.offsetParent" for name in names)
 

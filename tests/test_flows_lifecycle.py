@@ -17,7 +17,7 @@ import psutil
 import pytest
 from label_toys import toy_that_waits
 from prefect_server import PrefectServer, ask
-from toy import CHILD_SECONDS, Toy, build, until
+from toy import CHILD_SECONDS, Toy, build, read_until, until
 from webhook import Webhook
 
 from flows import links, pipeline, rankings, report, run, server, verify
@@ -256,12 +256,7 @@ def test_a_flow_beside_dvc_repro_waits_for_it(
     other = subprocess.Popen(command, cwd=toy.root, env=toy.environment({}), stdout=subprocess.DEVNULL)
     toy.await_stage("a")
     flow = toy.start("run")
-    assert flow.stdout is not None
-    seen = ""
-    while "a runs already as process" not in seen:
-        line = flow.stdout.readline()
-        assert line, seen
-        seen += line
+    read_until(flow, "a runs already as process")
     toy.go()
     output, _ = flow.communicate(timeout=60)
     assert flow.returncode == 0, output

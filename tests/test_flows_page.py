@@ -1,13 +1,11 @@
 """The page of `lifecycle report`: its pictures, what it says, without files too, and in a browser."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 import browser
@@ -404,18 +402,6 @@ def test_a_run_ends_with_the_page_and_does_not_fail_for_it(tmp_path: Path) -> No
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    program = browser.found()
-    if program is None:
-        problem = "no Chromium here: tests/install_browser installs one on Debian, for root"
-        if "CI" in os.environ:
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with browser.started(program, tmp_path_factory.mktemp("chromium")) as started:
-        yield started
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from prefect_server import PrefectServer, ask, post
-from toy import Toy, build, until
+from toy import Toy, build, read_until, until
 from webhook import Webhook
 
 from flows import workspace
@@ -45,12 +45,7 @@ def serving(
         "serve", "--cron", "0 0 1 1 *", PREFECT_API_URL=prefect_server.url, PREFECT_HOME=str(prefect_home),
         PREFECT_RUNNER_POLL_FREQUENCY="1", PREFECT_CLIENT_MAX_RETRIES="1", LIFECYCLE_WEBHOOK=hook.address,
     )  # fmt: skip
-    assert serve.stdout is not None
-    seen = ""
-    while "serving " not in seen:
-        line = serve.stdout.readline()
-        assert line, seen
-        seen += line
+    seen = read_until(serve, "serving ")
     assert "lifecycle, evaluation, data-refresh; lifecycle runs at 0 0 1 1 * (UTC)" in seen
     yield serve
     os.kill(serve.pid, signal.SIGINT)

@@ -6,35 +6,26 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import psutil
 import pytest
+from prefect_server import PrefectServer
 from toy import Toy, build, until
 
-from flows import processes, server, snapshot, sweep
+from flows import snapshot, sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
 OUTCOMES = "b.outcome=wrong data,good,again once"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server that the sweeps share."""
-    folder = tmp_path_factory.mktemp("server")
-    (folder / ".work").mkdir()
+def recorded(prefect_server: PrefectServer, prefect_home: Path) -> Iterator[None]:
+    """The sweeps are recorded by the server that tests share."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(folder))
-        port = server.free_port()
-        process = server.start(folder, port, "--no-ui")
-        url = f"http://127.0.0.1:{port}/api"
-        try:
-            server.await_start(url, process, Event())
-            patch.setenv("PREFECT_API_URL", url)
-            yield url
-        finally:
-            processes.end_group(process, seconds=5)
+        patch.setenv("PREFECT_HOME", str(prefect_home))
+        patch.setenv("PREFECT_API_URL", prefect_server.url)
+        yield
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -232,6 +232,17 @@ def build(
     return Toy(root, graph)
 
 
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    """What a process has printed, up to the line that has `text`; fail when it ends before."""
+    assert process.stdout is not None
+    seen = ""
+    while text not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    return seen
+
+
 def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Wait until `condition` holds; fail when it does not in time."""
     end = time.monotonic() + seconds
