@@ -7,7 +7,6 @@ from typing import Any
 
 import psutil
 
-from flows.run import has_gpu
 from tasks.planning import fit, hardware, stages
 from tasks.planning.compute import enough_tokens, training_flops
 from tasks.planning.memory import FLOAT, HALF
@@ -145,7 +144,7 @@ def refuse_what_cannot_fit(root: Path, due: Iterable[str]) -> None:
     if not judged or "base" not in data:  # another graph
         return
     device = data["compute"]["device"]
-    if device not in ("auto", "cpu") or (device == "auto" and has_gpu()):
+    if device not in ("auto", "cpu") or (device == "auto" and hardware.has_gpu()):
         return
     memory = CLEARLY * psutil.virtual_memory().total
 

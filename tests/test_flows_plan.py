@@ -15,6 +15,7 @@ from lm_toys import PEFT_WARNING
 
 from flows import plan
 from flows.params_file import change
+from tasks.planning import hardware
 from tasks.stage.errors import GateRefused, ParamsError, UserError, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +128,7 @@ def test_a_gpu_that_is_not_asked_is_not_judged(workspace: Path, monkeypatch: pyt
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Ram(1e6))
     with pytest.raises(ParamsError):
         plan.refuse_what_cannot_fit(workspace, ["finetune"])
-    monkeypatch.setattr(plan, "has_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     change(workspace, settings=["compute.device=auto"])
     plan.refuse_what_cannot_fit(workspace, ["finetune"])
 

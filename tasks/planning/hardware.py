@@ -1,7 +1,10 @@
 """The machine at hand: where a stage would run, with how much memory, and how fast it multiplies."""
 
+import platform
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from tasks.stage import Compute
@@ -18,6 +21,13 @@ class Machine(NamedTuple):
     memory: float
     precision: str
     flops: Callable[[], float]
+
+
+def has_gpu() -> bool:
+    """Whether a stage may find an accelerator here; told without torch, whose import takes seconds."""
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def machine(compute: Compute) -> Machine:
