@@ -3,7 +3,7 @@
 Every fine-tuning method and PPO (an adapter with and without a value function of its own, and full tuning) on
 models of about 40 million random parameters, one of each family, on a CPU. Each runs its stage for a few steps
 in a process of its own; all prompts are cut at their limit, so that the lengths are those the plan knows.
-Memory is the peak of the process less that after the bare imports.
+Memory is the peak of the process less what it holds after the bare imports, as Linux tells it.
 
     python benchmarks/plan_memory.py [--rows lora ppo_full] [--families t5 llama]
 
@@ -114,7 +114,6 @@ def prepare(family: str, found: Mapping[str, Any], folder: Path) -> None:
 def measure(row: str, folder: Path) -> int:
     """The bytes that the stage of `row` takes in this process, at most, beyond the imports."""
     import bitsandbytes  # noqa: F401 - like those below, so that its memory is not counted to the stage
-    import torch
     from transformers.models.auto import modeling_auto  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.t5 import modeling_t5  # noqa: F401
@@ -127,7 +126,6 @@ def measure(row: str, folder: Path) -> int:
     import tasks.rlhf.course
     import tasks.rlhf.report  # noqa: F401
     from tasks import finetune, ppo
-    from tasks.lm.train import peak_memory
     from tasks.stage import Context, NullTrack
     from tasks.stage.determinism import prepare_torch
     from tasks.stage.params import read_section, read_shared, read_yaml
@@ -140,8 +138,8 @@ def measure(row: str, folder: Path) -> int:
     work.mkdir(parents=True)
     stage = "ppo" if row in PPO else "finetune"
     context = Context(stage, shared.seed, shared.compute, work, NullTrack())
-    here = torch.device("cpu")
-    before = peak_memory(here)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here on
+    before = resident("VmRSS")
     files = [Path("data/examples", f"{split}.jsonl") for split in ("train", "validation")]
     if stage == "ppo":
         read = read_section(data, "ppo", ppo.Params)
@@ -149,7 +147,17 @@ def measure(row: str, folder: Path) -> int:
     else:
         chosen = read_section(data, "finetune", finetune.Params)
         finetune.finetune(chosen, *files, Path("models/base"), work / "model", work / "reports", context)
-    return peak_memory(here) - before
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at most since it was last asked to count anew (VmHWM).
+
+    The peak that `getrusage` tells is no good here: a process inherits that of the one that started it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{what}:"))
+    return int(kilobytes) * 1024
 
 
 def run(row: str, family: str, folder: Path, base: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,9 +101,18 @@ def run(
 
 @app.command(
     epilog="Examples:  lifecycle plan   |   lifecycle plan --stage finetune --memory 16GB   |   "
+    "lifecycle plan --preset flan-t5-base --set finetune.method=full   |   "
     "lifecycle plan --memory 80GB --flops 4e14 --devices 8 --strategy fsdp --json"
 )
 def plan(
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Plan with this; repeatable."),
+    ] = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option("--preset", metavar="NAME", help="Plan with presets/NAME.yaml; repeatable."),
+    ] = None,
     stages: Annotated[
         list[str] | None,
         typer.Option("--stage", metavar="NAME", help="Only this stage; repeatable."),
@@ -125,14 +134,17 @@ def plan(
     ] = "ddp",
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory and time of the stages before they run; exit with 3 when one cannot fit."""
+    """Estimate memory and time of the stages before they run; exit with 3 when one cannot fit.
+
+    Nothing runs, and nothing is written: --set and --preset are tried on params.yaml, which stays as it is.
+    """
     with _workspace() as root:
         from flows import plan as ahead
         from tasks.stage.errors import UserError
 
         if flops is not None and not 0 < flops < float("inf"):
             raise UserError(f"--flops {flops}: expected a number of operations a second, such as 5e10")
-        found = ahead.look(root, stages or [], memory, flops, devices, strategy)
+        found = ahead.look(root, stages or [], memory, flops, devices, strategy, presets or [], settings or [])
         if as_json:
             _write_json(found)
         else:

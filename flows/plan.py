@@ -1,12 +1,15 @@
 """What `lifecycle plan` says: memory and compute of the stages, and what would make them fit."""
 
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ruamel.yaml import YAML
 
+from flows import params_file
 from tasks.planning import fit, hardware, stages
 from tasks.planning.compute import enough_tokens, training_flops
 from tasks.planning.memory import FLOAT, HALF
@@ -38,15 +41,16 @@ def look(
     flops: float | None = None,
     devices: int = 1,
     strategy: str = "ddp",
+    presets: Sequence[str] = (),
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The plan as plain values: the machine, and of each stage its parameters, memory, time and what mends it.
 
     `size` is the memory of a device, `flops` its operations a second; both are found out when they are not
-    given. Raises UserError for a stage without a plan and a model that cannot be read, ParamsError for wrong
-    params.
+    given. `presets` and `settings` are tried on params.yaml, which stays as it is. Raises UserError for a stage
+    without a plan and a model that cannot be read, ParamsError for wrong params.
     """
-    check_all(root / PARAMS_FILE, root / "dvc.yaml")
-    data = read_yaml(root / PARAMS_FILE)
+    data = _params(root, presets, settings)
     chosen = list(names) or [name for name in stages.STAGES if name in data]
     for name in chosen:
         if name not in stages.STAGES:
@@ -57,9 +61,12 @@ def look(
     width = HALF if machine.precision == "bf16" else FLOAT
     beyond = stages.IMPORTS if machine.device == "cpu" else hardware.CONTEXT
 
-    def need_of(name: str, params: Any) -> float:
-        need = stages.needs(name, params, root, width=width)
-        return need.memory.of_one(strategy, devices).total + beyond
+    def fits(name: str) -> Callable[[fit.Params], bool]:
+        def judge(params: fit.Params) -> bool:
+            need = stages.needs(name, params, root, width=width)
+            return need.memory.of_one(strategy, devices).total + beyond <= memory
+
+        return judge
 
     found = []
     for name in chosen:
@@ -80,7 +87,7 @@ def look(
             "hours": None if steps is None else steps * need.flops / (rate * devices) / 3600,
         }
         if not entry["fits"]:
-            entry["mended_by"] = fit.mend(name, data, lambda params, of=name: need_of(of, params) <= memory)
+            entry["mended_by"] = fit.mend(name, data, fits(name))
         if name == "base":
             entry["text"] = _text(data, root, need.counts.total)
         found.append(entry)
@@ -93,6 +100,7 @@ def look(
         "flops_given": flops is not None,
         "devices": devices,
         "strategy": strategy if devices > 1 else None,
+        "tried": [*_options("--preset", presets), *_options("--set", settings)],
         "stages": found,
     }
 
@@ -125,7 +133,7 @@ def refuse(plan: dict[str, Any]) -> None:
     """Raise GateRefused, a line for each stage that does not fit, with the change that would make it fit."""
     lines = [
         f"{entry['stage']} does not fit: it needs {_size(entry['bytes_total'] + plan['imports'])} and there "
-        f"are {_size(plan['memory'])}; {_remedy(entry['mended_by'])}"
+        f"are {_size(plan['memory'])}; {_remedy(entry['mended_by'], plan['tried'])}"
         for entry in plan["stages"]
         if not entry["fits"]
     ]
@@ -148,14 +156,17 @@ def refuse_what_cannot_fit(root: Path, due: Iterable[str]) -> None:
         return
     memory = CLEARLY * psutil.virtual_memory().total
 
-    def need_of(name: str, params: Any) -> float:
+    def need_of(name: str, params: fit.Params) -> float:
         return stages.needs(name, params, root, stages.rough).memory.total + stages.IMPORTS
+
+    def fits(name: str) -> Callable[[fit.Params], bool]:
+        return lambda params: need_of(name, params) <= memory / CLEARLY
 
     lines = []
     for name in judged:
         needed = need_of(name, data) if stages.is_here(name, data, root) else 0.0
         if needed > memory:
-            settings = fit.mend(name, data, lambda params, of=name: need_of(of, params) <= memory / CLEARLY)
+            settings = fit.mend(name, data, fits(name))
             lines.append(
                 f"{name} cannot fit: it needs about {_size(needed)} and there are {_size(memory / CLEARLY)}; "
                 f"{_remedy(settings)} (lifecycle plan says more)"
@@ -199,10 +210,25 @@ def _span(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
-def _remedy(settings: fit.Settings | None) -> str:
+def _params(root: Path, presets: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
+    """What params.yaml would hold with the presets and settings, checked."""
+    if not presets and not settings:
+        check_all(root / PARAMS_FILE, root / "dvc.yaml")
+        return read_yaml(root / PARAMS_FILE)
+    text = (root / PARAMS_FILE).read_text(encoding="utf-8")
+    changed, _ = params_file.changed_text(root, text, presets, settings)
+    found: dict[str, Any] = YAML(typ="safe", pure=True).load(changed)
+    return found
+
+
+def _options(name: str, values: Iterable[str]) -> list[str]:
+    return [word for value in values for word in (name, value)]
+
+
+def _remedy(settings: fit.Settings | None, tried: Sequence[str] = ()) -> str:
     if settings is None:
         return "no change of the params would make it fit: take a smaller model or a larger machine"
-    return f"it would fit with: {fit.command(settings)}"
+    return f"it would fit with: {shlex.join(['lifecycle', 'run', *tried, *fit.options(settings)])}"
 
 
 def _size(number: float) -> str:

@@ -123,7 +123,7 @@ def test_the_change_that_is_named_makes_it_fit(
     assert found is not None
     assert named in found
     assert need(fit.changed(data, found)) <= there
-    assert f"--set {named}={found[named]}" in fit.command(found)
+    assert f"--set {named}={found[named]}" in " ".join(fit.options(found))
     assert data == fit.changed(params(), BIG | settings)
 
 

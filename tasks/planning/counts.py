@@ -19,6 +19,8 @@ def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -
     `options` are those of the method, without its learning rate. Raises ParamsError when the method does not
     fit the model.
     """
+    import warnings
+
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -30,12 +32,13 @@ def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -
     known = {name: value for name, value in config.items() if name != "model_type"}
     read = AutoConfig.for_model(config["model_type"], **known)
     family = AutoModelForSeq2SeqLM if read.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # by PEFT
         model = family.from_config(read)
         model.tie_weights()
         if has_own_head(config):  # which from_pretrained sees by the weights, and from_config cannot
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.new_empty(model.lm_head.weight.shape))
         # the numbers of a 4-bit base are those of the base itself
-        lm = adapt(LanguageModel(model, None), "lora" if method == "qlora" else method, options)  # type: ignore[arg-type]
+        lm = adapt(LanguageModel(model, None), "lora" if method == "qlora" else method, options)
     trained, total = parameter_counts(lm)
     return Counts(total, trained)

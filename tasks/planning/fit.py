@@ -50,14 +50,14 @@ def _merged(settings: Iterable[Settings]) -> Settings:
     return {name: value for each in settings for name, value in each.items()}
 
 
-def command(settings: Settings) -> str:
-    """The command that makes the change and runs."""
+def options(settings: Settings) -> list[str]:
+    """The options of `lifecycle run` that make the change."""
     shown = {None: "null", True: "true", False: "false"}
-    parts = [
-        f"--set {name}={shown[value] if value is None or isinstance(value, bool) else value}"
+    return [
+        word
         for name, value in settings.items()
+        for word in ("--set", f"{name}={shown[value] if value is None or isinstance(value, bool) else value}")
     ]
-    return f"lifecycle run {' '.join(parts)}"
 
 
 def _levers(stage: str, data: Params) -> Iterator[Iterator[Settings]]:

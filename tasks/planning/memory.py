@@ -117,7 +117,7 @@ def _feed_forward(shape: Shape, of: Kept, tokens: int) -> float:
     states = shape.width * (1 + of.norms + of.feed_forward)
     inside = KEPT_BY_ACTIVATION.get(shape.activation, 1) + (2 if shape.gated else 0)
     inside += 1 if of.feed_forward or of.scaled or shape.activation == "relu" else 0
-    found = states + inside * shape.feed_forward + of.rank * of.feed_forward * (3 if shape.gated else 2)
+    found: float = states + inside * shape.feed_forward + of.rank * of.feed_forward * (3 if shape.gated else 2)
     if of.dropout and of.feed_forward:
         found += 1.25 * ((2 if shape.gated else 1) * shape.width + shape.feed_forward) - shape.width
     if shape.dropout:

@@ -135,7 +135,7 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
     options = _options(section["lora" if method == "qlora" else method])
     shape, found = _shape(config), count(config, method, options)
     lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
-    weights = FLOAT * found.total
+    weights: float = FLOAT * found.total
     if method == "qlora":
         weights -= (FLOAT - NF4) * shape.linear
     need = _training(

@@ -29,8 +29,9 @@ def steps_of(stage: str, data: Mapping[str, Any], root: Path) -> int | None:
         tokens = tokens_of_text(root)
         if learnt is None or tokens is None:
             return None
-        rows = tokens / section["max_tokens"] * learnt["schedule"]["epochs"]
-        return max(1, round(rows / learnt["schedule"]["batch_size"]))
+        rows: float = tokens / section["max_tokens"] * learnt["schedule"]["epochs"]
+        batches: int = round(rows / learnt["schedule"]["batch_size"])
+        return max(1, batches)
     if stage == "evaluate":
         asked = section["examples"]["main_task"]
         return None if asked is None else math.ceil(asked * len(section["variants"]) / section["batch_size"])
@@ -38,5 +39,6 @@ def steps_of(stage: str, data: Mapping[str, Any], root: Path) -> int | None:
     if not file.is_file():
         return None
     with file.open("rb") as lines:
-        rows = sum(1 for _ in lines)
-    return int(rows * section["schedule"]["epochs"]) // section["schedule"]["batch_size"]
+        examples = sum(1 for _ in lines)
+    steps: int = int(examples * section["schedule"]["epochs"]) // section["schedule"]["batch_size"]
+    return steps
