@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,12 @@ def prepare(family: str, found: Mapping[str, Any], folder: Path) -> None:
     for name in ("base", "finetune"):
         save(lm, folder / "models" / name)
     compute = Compute.model_validate(found["compute"])
-    save_classifier(new_classifier(folder / "models" / "base", compute), folder / "models" / "reward")
+    judge = new_classifier(folder / "models" / "base", compute)
+    judge = replace(judge, max_prompt_tokens=PROMPT, max_answer_tokens=RESPONSE)  # as the stage `reward` has it
+    save_classifier(judge, folder / "models" / "reward")
     examples = folder / "data" / "examples"
     examples.mkdir(parents=True)
-    long = [" ".join(texts[at : at + 20]) for at in range(0, 400, 20)]
+    long = [" ".join(texts[at : at + 3]) for at in range(0, 60, 3)]
     for split, rows in (("train", BATCH * STEPS), ("validation", ANSWERED)):
         records = [
             Example(

@@ -109,21 +109,26 @@ def show(plan: dict[str, Any]) -> None:
     """Print the plan."""
     many = f", {plan['devices']} devices with {plan['strategy']}" if plan["devices"] > 1 else ""
     how = (
-        "given" if plan["flops_given"] else f"{hardware.UTILISATION:.0%} of what a matrix product reaches here"
+        "given"
+        if plan["flops_given"]
+        else f"{hardware.UTILISATION:.0%} of what a large matrix product reaches here now"
     )
     lines = [
-        f"{plan['device']} {plan['precision']}{many}: {_size(plan['memory'])} of memory, "
-        f"{_size(plan['imports'])} of it for the libraries; {plan['flops']:.2g} operations a second ({how})"
+        f"machine: {plan['device']}, {plan['precision']}{many}",
+        f"  memory   {_size(plan['memory'])}, of which the libraries take {_size(plan['imports'])}",
+        f"  speed    {_operations(plan['flops'])}/s ({how})",
     ]
     for entry in plan["stages"]:
         trained = f", {entry['trained']:,} of them trained" if entry["trained"] else ""
-        lines.append("")
-        lines.append(f"{entry['stage']}: {entry['parameters']:,} parameters{trained}")
         parts = " + ".join(f"{name} {_size(size)}" for name, size in entry["bytes"].items())
         fits = "fits" if entry["fits"] else "does not fit"
-        lines.append(f"  memory   {_size(entry['bytes_total'])} while {entry['phase']}: {fits}")
-        lines.append(f"           {parts}")
-        lines.append(f"  compute  {entry['flops_a_step']:.2g} operations a step; {_time(entry)}")
+        lines += [
+            "",
+            f"{entry['stage']}: {entry['parameters']:,} parameters{trained}",
+            f"  memory   {_size(entry['bytes_total'])} at most, while {entry['phase']}: {fits}",
+            f"           {parts}",
+            f"  compute  {_operations(entry['flops_a_step'])} a step; {_time(entry)}",
+        ]
         if "text" in entry:
             lines.append(f"  text     {entry['text']['verdict']}")
     sys.stdout.write("\n".join(lines) + "\n")
@@ -180,9 +185,10 @@ def _text(data: dict[str, Any], root: Path, parameters: int) -> dict[str, Any]:
     wanted = enough_tokens(parameters)
     learnt = data["base"]["pretraining"]
     text = tokens_of_text(root)
-    verdict = f"{wanted:,.0f} tokens are worth reading, {training_flops(parameters, wanted):.3g} operations"
+    cost = _operations(training_flops(parameters, wanted))
+    verdict = f"{_prefixed(wanted)} tokens would be worth their compute (20 a parameter, as Chinchilla), {cost}"
     if learnt is None:
-        return {"wanted": wanted, "there": None, "verdict": f"not trained here; {verdict}"}
+        return {"wanted": wanted, "there": None, "verdict": "read as it is, not trained here"}
     if text is None:
         return {"wanted": wanted, "there": None, "verdict": f"{verdict}; data/text is not there yet"}
     read = text * learnt["schedule"]["epochs"]
@@ -191,14 +197,15 @@ def _text(data: dict[str, Any], root: Path, parameters: int) -> dict[str, Any]:
     return {
         "wanted": wanted,
         "there": round(read),
-        "verdict": f"{verdict}; about {read:,.0f} are there: {said}",
+        "verdict": f"{verdict}; about {_prefixed(read)} are read: {said}",
     }
 
 
 def _time(entry: dict[str, Any]) -> str:
-    step = f"{entry['seconds_a_step']:.3g} s each"
+    step = f"{entry['seconds_a_step']:.2g} s each"
     if entry["hours"] is None:
-        return f"{step} (data/examples is not there yet, so the number of steps is not known)"
+        source = "feedback" if entry["stage"] == "reward" else "prepare"
+        return f"{step}; how many depends on the data, which `{source}` has not made yet"
     return f"{step}, {entry['steps']:,} steps: {_span(entry['hours'] * 3600)}"
 
 
@@ -212,13 +219,14 @@ def _span(seconds: float) -> str:
 
 def _params(root: Path, presets: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
     """What params.yaml would hold with the presets and settings, checked."""
-    if not presets and not settings:
-        check_all(root / PARAMS_FILE, root / "dvc.yaml")
-        return read_yaml(root / PARAMS_FILE)
+    data = read_yaml(root / PARAMS_FILE)  # its own message for a broken file says more
     text = (root / PARAMS_FILE).read_text(encoding="utf-8")
-    changed, _ = params_file.changed_text(root, text, presets, settings)
-    found: dict[str, Any] = YAML(typ="safe", pure=True).load(changed)
-    return found
+    changed, changes = params_file.changed_text(root, text, presets, settings)
+    if changes:
+        data = YAML(typ="safe", pure=True).load(changed)
+    else:
+        check_all(root / PARAMS_FILE, root / "dvc.yaml")
+    return data
 
 
 def _options(name: str, values: Iterable[str]) -> list[str]:
@@ -232,4 +240,16 @@ def _remedy(settings: fit.Settings | None, tried: Sequence[str] = ()) -> str:
 
 
 def _size(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    return f"{_prefixed(number)}B"
+
+
+def _operations(number: float) -> str:
+    return f"{_prefixed(number)}FLOP"
+
+
+def _prefixed(number: float) -> str:
+    """Three digits or so, and the prefix of the unit."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= factor:
+            return f"{number / factor:.{1 if number < 100 * factor else 0}f} {prefix}"
+    return f"{number / 1e3:.0f} k" if number >= 1e3 else f"{number:.0f} "

@@ -51,7 +51,7 @@ def test_the_command_refuses_and_names_what_makes_it_fit(workspace: Path) -> Non
     assert refused.returncode == 3, refused.stderr
     (line,) = refused.stderr.splitlines()
     assert line.startswith("finetune does not fit: it needs ")
-    assert "are 900 MB; it would fit with: lifecycle run --set finetune." in line
+    assert "are 900.0 MB; it would fit with: lifecycle run --set finetune." in line
     (entry,) = json.loads(refused.stdout)["stages"]
     assert not entry["fits"]
 
@@ -77,7 +77,7 @@ def test_every_stage_has_a_plan_that_is_shown(workspace: Path, capsys: pytest.Ca
     assert base["text"]["wanted"] == 20 * base["parameters"]
     assert base["hours"] == pytest.approx(base["steps"] * base["flops_a_step"] / 1e10 / 3600)
     assert "% of that" in shown
-    assert "data/examples is not there yet" in shown
+    assert "which `prepare` has not made yet" in shown
     for part in ("weights", "gradients", "optimizer", "KV cache"):
         assert part in shown
 

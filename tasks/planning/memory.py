@@ -125,6 +125,34 @@ def _feed_forward(shape: Shape, of: Kept, tokens: int) -> float:
     return tokens * found
 
 
+def updates(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width: float = FLOAT) -> float:
+    """Bytes of what LoRA adds to the outputs of its layers.
+
+    Each lives for a moment only, but the narrow states that LoRA keeps are put where it was, and nothing else of
+    its size fits there until the backward pass is over.
+    """
+    if not of.rank:
+        return 0.0
+
+    def attention(queries: int, keys: int) -> int:
+        return of.attention * (queries * (shape.inner + shape.width) + keys * 2 * shape.keys)
+
+    def feed_forward(tokens: int) -> int:
+        return of.feed_forward * tokens * ((2 if shape.gated else 1) * shape.feed_forward + shape.width)
+
+    if not shape.is_encoder_decoder:
+        tokens = prompt + response
+        return rows * width * shape.decoder_layers * (attention(tokens, tokens) + feed_forward(tokens))
+    decoder = attention(response, response) + attention(response, prompt) + feed_forward(response)
+    encoder = of.encoder * (attention(prompt, prompt) + feed_forward(prompt))
+    return rows * width * (shape.decoder_layers * decoder + shape.encoder_layers * encoder)
+
+
+def unpacked(shape: Shape) -> float:
+    """Bytes of one layer's 4-bit weights as they are unpacked: an index of 8 bytes for each, and the value twice."""
+    return (8 + 2 * FLOAT) * shape.width * max(shape.feed_forward, shape.inner)
+
+
 def logits(shape: Shape, rows: int, response: int, copies: int) -> float:
     """Bytes of float32 logits of the response tokens."""
     extra = 0 if shape.is_encoder_decoder else 1  # causal models compute one more position
@@ -137,8 +165,11 @@ def cache(shape: Shape, rows: int, prompt: int, response: int, width: float = FL
 
 
 def forward(shape: Shape, rows: int, prompt: int, width: float = FLOAT) -> float:
-    """Bytes of the largest layer of a forward pass without gradients: its states, and the gate's factors."""
-    return rows * prompt * (4 * shape.width + 3 * shape.feed_forward) * width
+    """Bytes of the largest layer of a forward pass without gradients: its states, and the gate's factors; of T5 the
+    position bias, a matrix for each head and row.
+    """
+    bias = shape.heads * prompt if shape.is_encoder_decoder else 0
+    return rows * prompt * (4 * shape.width + 3 * shape.feed_forward + bias) * width
 
 
 def trained_state(trained: int) -> dict[str, float]:

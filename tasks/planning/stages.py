@@ -7,7 +7,7 @@ the bare imports; `benchmarks/plan_memory.py` holds them against measured peaks.
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from tasks.stage import UserError
 Params = Mapping[str, Any]
 Count = Callable[[Params, str, Params], Counts]
 STAGES = ("base", "finetune", "reward", "ppo", "evaluate")
-# Beyond the bare imports: code that is first touched in a run, buffers, tokenizers. And what is kept for a
-# backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are from the
-# peaks in benchmarks/results/ppo_vs_trl.json, of models with 1 and 40 million parameters.
-WORKSPACE, GAPS = 120e6, 1.4
+# Beyond the bare imports: code that is first touched in a run, buffers, tokenizers, figures. And what is kept for a
+# backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are one number
+# for all methods, told from the peaks in benchmarks/results/plan_memory.json and ppo_vs_trl.json.
+WORKSPACE, GAPS = 60e6, 1.25
+# Weights are read where they are in the file, so that a CPU keeps what was quantised of it in memory, too.
+MAPPED = "mapped file"
 IMPORTS = 450e6  # of a stage, before it does anything
 
 
@@ -135,26 +137,16 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
     options = _options(section["lora" if method == "qlora" else method])
     shape, found = _shape(config), count(config, method, options)
     lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
-    weights: float = FLOAT * found.total
-    if method == "qlora":
-        weights -= (FLOAT - NF4) * shape.linear
-    need = _training(
-        "finetune",
-        shape,
-        found,
-        memory.kept(method, options),
-        section["schedule"],
-        lengths,
-        width,
-        weights,
-    )
+    keep, schedule = memory.kept(method, options), section["schedule"]
+    need = _training("finetune", shape, found, keep, schedule, lengths, width, FLOAT * found.total)
     if method != "qlora":
         return need
-    # the file is read as it is and quantised tensor by tensor
-    loading = {"weights": weights, "file": FLOAT * shape.parameters, "libraries": WORKSPACE}
-    return Need(
-        "finetune", found, Memory({**need.memory.phases, "loading": loading}), need.flops, need.examples
-    )
+    weights = {
+        "weights": FLOAT * found.total - (FLOAT - NF4) * shape.linear,
+        "unpacked layer": memory.unpacked(shape),
+        MAPPED: FLOAT * shape.linear,
+    }
+    return replace(need, memory=Memory({"training": {**need.memory.parts, **weights}}))
 
 
 def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
@@ -187,13 +179,13 @@ def _training(
 ) -> Need:
     """A stage on transformers' Trainer; an example is `sequences` sequences of these lengths."""
     rows = (schedule["micro_batch_size"] or schedule["batch_size"]) * sequences
-    accumulates = (schedule["micro_batch_size"] or schedule["batch_size"]) < schedule["batch_size"]
     held = memory.activations(shape, keep, rows, *lengths, width)
+    held += memory.updates(shape, keep, rows, *lengths, width)
     held += memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
     training = {
         "weights": weights,
         **memory.trained_state(found.trained),
-        "activations": _beside_gradients(held, found.trained, accumulates),
+        "activations": GAPS * held,
         "libraries": WORKSPACE,
     }
     each = passes(keep.head) * forward_flops(shape, *lengths) * sequences
@@ -212,13 +204,13 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     trunks = 2 if section["value"]["trunk"] == "separate" else 1
     trained = trunks * found.trained
     judges = [
-        _shape(_source_config(part["source"], part["revision"], data, root)).parameters
+        (_shape(_source_config(part["source"], part["revision"], data, root)), part["batch_size"])
         for part in section["reward"].values()
         if part["kind"] == "model"
     ]
     models = {
         "weights": FLOAT * (trunks * found.total + (shape.parameters if method == "full" else 0)),
-        "reward models": FLOAT * float(sum(judges)),
+        "reward models": FLOAT * sum(judge.parameters for judge, _ in judges),
         **memory.trained_state(trained),
         "libraries": WORKSPACE,
     }
@@ -226,6 +218,7 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     size = math.ceil(rollouts["episodes"] / update["minibatches"])
     rows = min(update["micro_batch_size"] or size, size)
     held = trunks * memory.activations(shape, keep, rows, prompt, response, width)
+    held += trunks * memory.updates(shape, keep, rows, prompt, response, width)
     held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
     prompts = rollouts["episodes"] // rollouts["answers"]
     states = (
@@ -239,11 +232,17 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
         + memory.forward(shape, asked, prompt, width)
         + states,
     }
-    updating = {"rollouts": states, "activations": _beside_gradients(held, trained, rows < size)}
+    scoring = [
+        memory.forward(judge, min(batch, rollouts["episodes"]), prompt + response, FLOAT)
+        for judge, batch in judges
+    ]
+    updating = {"rollouts": states, "activations": GAPS * held}
     phases = {
         "updating": {**models, **best, **updating},
         "answering": {**models, **best, **answering},
+        "scoring": {**models, **best, "rollouts": states + max(scoring, default=0.0)},
         "keeping the best state": {**models, **best, "next best state": best["best state"]},
+        "writing the model": {**models, **best, "copy to write": FLOAT * found.total},
     }
     once = forward_flops(shape, prompt, response)
     reads = 2 + (trunks - 1) + len(judges) + update["epochs"] * passes(method == "full") * trunks
@@ -266,13 +265,6 @@ def _evaluate(data: Params, root: Path, count: Count, width: float) -> Need:
     }
     flops = rows * beams * forward_flops(shape, prompt, response)
     return Need("evaluate", found, Memory({"answering": answering}), flops, rows)
-
-
-def _beside_gradients(held: float, trained: int, accumulates: bool) -> float:
-    """Activations beyond the room of the gradients, which take their place as the backward pass goes on; unless
-    the gradients of an earlier micro-batch are there already.
-    """
-    return GAPS * held if accumulates else max(GAPS * held - FLOAT * trained, 0.0)
 
 
 def _source_config(source: str, revision: str | None, data: Params, root: Path) -> Params:
