@@ -12,6 +12,7 @@ takes some minutes.
 """
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -165,19 +166,24 @@ def resident(what: str) -> int:
 
 def run(row: str, family: str, folder: Path, base: Mapping[str, Any]) -> dict[str, Any]:
     """Measure `row` in a process of its own, and estimate it."""
-    from tasks.planning.stages import needs
-
-    found = params(row, family, base)
-    write_json(folder / "params.yaml", found)  # JSON is YAML
+    write_json(folder / "params.yaml", params(row, family, base))  # JSON is YAML
     command = [sys.executable, str(Path(__file__).resolve()), "--one", row, "--folder", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     answer = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     measured = int(answer.stdout.splitlines()[-1])
-    need = needs("ppo" if row in PPO else "finetune", found, folder)
+    return compared(row, family, measured, base, folder)
+
+
+def compared(row: str, family: str, measured: float, base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The estimate beside a measured peak."""
+    from tasks.planning.stages import needs
+
+    need = needs("ppo" if row in PPO else "finetune", params(row, family, base), folder)
     return {
         "measured_mb": round(measured / 1e6, 1),
         "estimated_mb": round(need.memory.total / 1e6, 1),
         "ratio": round(need.memory.total / measured, 3),
+        "phase": need.memory.phase,
         "parts_mb": {name: round(size / 1e6, 1) for name, size in need.memory.parts.items()},
     }
 
@@ -198,6 +204,9 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--families", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--estimate", action="store_true", help="estimate anew, beside the peaks that --out has from before"
+    )
     parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -208,7 +217,13 @@ def main() -> int:
 
     base = read_yaml(PARAMS_FILE)
     rows: dict[str, Any] = {}
-    for family in options.families:
+    if options.estimate:
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        for name, found in before["rows"].items():
+            family, row = name.split("/")
+            rows[name] = compared(row, family, found["measured_mb"] * 1e6, base, Path())
+        write_json(options.out, before | {"rows": rows, "table": table(rows)})
+    for family in [] if options.estimate else options.families:
         with tempfile.TemporaryDirectory() as temporary:
             prepare(family, params("full", family, base), Path(temporary))
             for row in options.rows:
@@ -216,7 +231,8 @@ def main() -> int:
                 rows[f"{family}/{row}"] = run(row, family, Path(temporary), base)
                 result = {"rows": rows, "bounds": BOUNDS, "table": table(rows), "versions": _versions()}
                 write_json(options.out, result)  # after each row: a run that is broken off has shown something
-    print(markdown(result["table"]["header"], result["table"]["lines"]))
+    shown = table(rows)
+    print(markdown(shown["header"], shown["lines"]))
     low, high = BOUNDS
     return 0 if all(low <= row["ratio"] <= high for row in rows.values()) else 3
 

@@ -28,7 +28,8 @@ class Kept:
     """Whose inputs are kept: those of linear layers in attention and feed-forward part, of the head, of the
     weights of norms.
 
-    `rank` is LoRA's, `dropout` what stands before its first matrix. `scaled` is of IA3, whose scales keep what
+    `rank` is LoRA's, `copies` how often the output of a layer is copied for its update, `dropout` what stands
+    before its first matrix. `scaled` is of IA3, whose scales keep what
     they multiply. `encoder` says whether the encoder keeps anything. `virtual` tokens stand before the prompt;
     where the encoder keeps nothing, before the keys and values of each layer.
     """
@@ -38,6 +39,7 @@ class Kept:
     head: bool = False
     norms: bool = False
     rank: int = 0
+    copies: int = 0
     dropout: float = 0.0
     scaled: bool = False
     encoder: bool = True
@@ -60,6 +62,7 @@ def kept(method: str, options: Mapping[str, Any]) -> Kept:
                 attention=attention,
                 feed_forward=everything or (names is not None and bool(set(names) - ATTENTION_NAMES)),
                 rank=options["r"],
+                copies=2 if method == "qlora" else 1,  # PEFT clones what a 4-bit layer gives
                 dropout=options["dropout"],
                 encoder=options.get("encoder", True),
             )
@@ -126,19 +129,18 @@ def _feed_forward(shape: Shape, of: Kept, tokens: int) -> float:
 
 
 def updates(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width: float = FLOAT) -> float:
-    """Bytes of what LoRA adds to the outputs of its layers.
+    """Bytes of what LoRA adds to the outputs of its layers, and of their copies.
 
-    Each lives for a moment only, but the narrow states that LoRA keeps are put where it was, and nothing else of
-    its size fits there until the backward pass is over.
+    Each lives for a moment only, but the narrow states that LoRA keeps are put where it was, and nothing
+    else of its size fits there until the backward pass is over.
     """
-    if not of.rank:
-        return 0.0
 
     def attention(queries: int, keys: int) -> int:
-        return of.attention * (queries * (shape.inner + shape.width) + keys * 2 * shape.keys)
+        return of.copies * of.attention * (queries * (shape.inner + shape.width) + keys * 2 * shape.keys)
 
     def feed_forward(tokens: int) -> int:
-        return of.feed_forward * tokens * ((2 if shape.gated else 1) * shape.feed_forward + shape.width)
+        outputs = (2 if shape.gated else 1) * shape.feed_forward + shape.width
+        return of.copies * of.feed_forward * tokens * outputs
 
     if not shape.is_encoder_decoder:
         tokens = prompt + response
@@ -149,7 +151,7 @@ def updates(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width
 
 
 def unpacked(shape: Shape) -> float:
-    """Bytes of one layer's 4-bit weights as they are unpacked: an index of 8 bytes for each, and the value twice."""
+    """Bytes of one layer's 4-bit weights as they are unpacked: an index of 8 bytes each, and the value twice."""
     return (8 + 2 * FLOAT) * shape.width * max(shape.feed_forward, shape.inner)
 
 
@@ -165,8 +167,8 @@ def cache(shape: Shape, rows: int, prompt: int, response: int, width: float = FL
 
 
 def forward(shape: Shape, rows: int, prompt: int, width: float = FLOAT) -> float:
-    """Bytes of the largest layer of a forward pass without gradients: its states, and the gate's factors; of T5 the
-    position bias, a matrix for each head and row.
+    """Bytes of the largest layer of a forward pass without gradients: its states, and the gate's factors; of T5
+    also the position bias, a matrix for each head and row.
     """
     bias = shape.heads * prompt if shape.is_encoder_decoder else 0
     return rows * prompt * (4 * shape.width + 3 * shape.feed_forward + bias) * width

@@ -24,9 +24,9 @@ from tasks.stage import UserError
 Params = Mapping[str, Any]
 Count = Callable[[Params, str, Params], Counts]
 STAGES = ("base", "finetune", "reward", "ppo", "evaluate")
-# Beyond the bare imports: code that is first touched in a run, buffers, tokenizers, figures. And what is kept for a
-# backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are one number
-# for all methods, told from the peaks in benchmarks/results/plan_memory.json and ppo_vs_trl.json.
+# Beyond the bare imports: code that is first touched in a run, buffers, tokenizers, figures. And what is kept
+# for a backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are one
+# number for all methods, told from the peaks in benchmarks/results/plan_memory.json and ppo_vs_trl.json.
 WORKSPACE, GAPS = 60e6, 1.25
 # Weights are read where they are in the file, so that a CPU keeps what was quantised of it in memory, too.
 MAPPED = "mapped file"
