@@ -15,7 +15,7 @@ from tasks.planning.compute import enough_tokens, training_flops
 from tasks.planning.memory import FLOAT, HALF
 from tasks.planning.text import steps_of, tokens_of_text
 from tasks.stage.errors import GateRefused, ParamsError, UserError
-from tasks.stage.params import PARAMS_FILE, check_all, read_shared, read_yaml
+from tasks.stage.params import PARAMS_FILE, Compute, check_all, read_shared, read_yaml
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CLEARLY = 1.25  # times the memory that is there: `lifecycle run` refuses no earlier than that
@@ -55,23 +55,22 @@ def look(
     for name in chosen:
         if name not in stages.STAGES:
             raise UserError(f"--stage {name}: no plan for it; there are plans for {', '.join(stages.STAGES)}")
-    machine = hardware.machine(read_shared(data).compute)
-    memory = bytes_of(size) if size is not None else machine.memory
-    rate = flops if flops is not None else machine.flops()
+    machine = _machine(read_shared(data).compute, size, flops)
+    memory, rate = machine.memory, machine.flops()
     width = HALF if machine.precision == "bf16" else FLOAT
     beyond = stages.IMPORTS if machine.device == "cpu" else hardware.CONTEXT
 
-    def fits(name: str) -> Callable[[fit.Params], bool]:
-        def judge(params: fit.Params) -> bool:
-            need = stages.needs(name, params, root, width=width)
-            return need.memory.of_one(strategy, devices).total + beyond <= memory
+    def need_of(name: str, params: fit.Params) -> tuple[stages.Need, stages.Memory]:
+        need = stages.needs(name, params, root, width=width)
+        there = need.memory if machine.device == "cpu" else need.memory.without(stages.MAPPED)
+        return need, there.of_one(strategy, devices)
 
-        return judge
+    def fits(name: str) -> Callable[[fit.Params], bool]:
+        return lambda params: need_of(name, params)[1].total + beyond <= memory
 
     found = []
     for name in chosen:
-        need = stages.needs(name, data, root, width=width)
-        needed = need.memory.of_one(strategy, devices)
+        need, needed = need_of(name, data)
         steps = steps_of(name, data, root)
         entry: dict[str, Any] = {
             "stage": name,
@@ -87,7 +86,7 @@ def look(
             "hours": None if steps is None else steps * need.flops / (rate * devices) / 3600,
         }
         if not entry["fits"]:
-            entry["mended_by"] = fit.mend(name, data, fits(name))
+            entry["mended_by"] = fit.mend(name, data, fits(name), machine.device == "cpu")
         if name == "base":
             entry["text"] = _text(data, root, need.counts.total)
         found.append(entry)
@@ -103,6 +102,22 @@ def look(
         "tried": [*_options("--preset", presets), *_options("--set", settings)],
         "stages": found,
     }
+
+
+def _machine(compute: Compute, size: str | None, flops: float | None) -> hardware.Machine:
+    """The machine that is meant: what is given goes before what is found here."""
+    memory = None if size is None else bytes_of(size)
+    if memory is not None and flops is not None:
+        given = hardware.elsewhere(compute, memory, flops)
+        if given is not None:
+            return given
+    here = hardware.machine(compute)
+    return hardware.Machine(
+        here.device,
+        here.memory if memory is None else memory,
+        here.precision,
+        here.flops if flops is None else lambda: flops,
+    )
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -171,7 +186,7 @@ def refuse_what_cannot_fit(root: Path, due: Iterable[str]) -> None:
     for name in judged:
         needed = need_of(name, data) if stages.is_here(name, data, root) else 0.0
         if needed > memory:
-            settings = fit.mend(name, data, fits(name))
+            settings = fit.mend(name, data, fits(name), on_cpu=True)
             lines.append(
                 f"{name} cannot fit: it needs about {_size(needed)} and there are {_size(memory / CLEARLY)}; "
                 f"{_remedy(settings)} (lifecycle plan says more)"

@@ -119,7 +119,7 @@ def test_the_change_that_is_named_makes_it_fit(
         return stages.needs(stage, given, tmp_path, stages.rough).memory.total
 
     there = share * need(data)
-    found = fit.mend(stage, data, lambda given: need(given) <= there)
+    found = fit.mend(stage, data, lambda given: need(given) <= there, on_cpu=True)
     assert found is not None
     assert named in found
     assert need(fit.changed(data, found)) <= there
@@ -131,7 +131,7 @@ def test_nothing_helps_where_the_weights_alone_are_too_much(tmp_path: Path) -> N
     def need(given: Mapping[str, Any]) -> float:
         return stages.needs("finetune", given, tmp_path, stages.rough).memory.total
 
-    assert fit.mend("finetune", params(), lambda given: need(given) <= 1e6) is None
+    assert fit.mend("finetune", params(), lambda given: need(given) <= 1e6, on_cpu=True) is None
 
 
 @pytest.mark.parametrize(("method", "row"), [("lora", "large"), ("full", "large_full")])

@@ -21,13 +21,14 @@ def changed(data: Params, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def mend(stage: str, data: Params, fits: Callable[[Params], bool]) -> Settings | None:
+def mend(stage: str, data: Params, fits: Callable[[Params], bool], on_cpu: bool) -> Settings | None:
     """The change that makes the stage fit: of one param if that is enough, else of few.
 
-    None where all changes together do not help. `fits` judges whole params.
+    None where all changes together do not help. `fits` judges whole params. A base in four bits saves nothing
+    `on_cpu`, where the file it was read from stays in memory.
     """
     levers: list[list[Settings]] = []
-    for lever in map(list, _levers(stage, data)):
+    for lever in map(list, _levers(stage, data, on_cpu)):
         for settings in lever:
             if fits(changed(data, settings)):
                 return settings
@@ -60,7 +61,7 @@ def options(settings: Settings) -> list[str]:
     ]
 
 
-def _levers(stage: str, data: Params) -> Iterator[Iterator[Settings]]:
+def _levers(stage: str, data: Params, on_cpu: bool) -> Iterator[Iterator[Settings]]:
     """What may be changed in a stage, the least loss first; each lever from its mildest setting on."""
     section = data[stage]
     if stage == "evaluate":
@@ -92,7 +93,7 @@ def _levers(stage: str, data: Params) -> Iterator[Iterator[Settings]]:
             return
         if section["method"] not in ("lora", "qlora"):
             yield iter([{f"{stage}.method": "lora"}])
-        if stage == "finetune" and section["method"] != "qlora":
+        if stage == "finetune" and section["method"] != "qlora" and not on_cpu:
             yield iter([{"finetune.method": "qlora"}])
         yield _shorter(stage, section)
 

@@ -45,6 +45,13 @@ def machine(compute: Compute) -> Machine:
     return Machine(where.type, memory, "bf16" if kind == torch.bfloat16 else "fp32", lambda: _measured(compute))
 
 
+def elsewhere(compute: Compute, memory: float, flops: float) -> Machine | None:
+    """A GPU that `compute` asks for by name, of which all is told, so that it need not be here; else None."""
+    if compute.device != "cuda":
+        return None
+    return Machine("cuda", memory, "fp32" if compute.precision == "fp32" else "bf16", lambda: flops)
+
+
 def _measured(compute: Compute) -> float:
     """What training may reach: a share of the speed of a large matrix product."""
     import torch

@@ -151,7 +151,7 @@ def updates(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width
 
 
 def unpacked(shape: Shape) -> float:
-    """Bytes of one layer's 4-bit weights as they are unpacked: an index of 8 bytes each, and the value twice."""
+    """Bytes of one layer's 4-bit weights while they are unpacked: an index of 8 bytes, and the value twice."""
     return (8 + 2 * FLOAT) * shape.width * max(shape.feed_forward, shape.inner)
 
 

@@ -25,10 +25,10 @@ Params = Mapping[str, Any]
 Count = Callable[[Params, str, Params], Counts]
 STAGES = ("base", "finetune", "reward", "ppo", "evaluate")
 # Beyond the bare imports: code that is first touched in a run, buffers, tokenizers, figures. And what is kept
-# for a backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are one
-# number for all methods, told from the peaks in benchmarks/results/plan_memory.json and ppo_vs_trl.json.
+# for a backward pass takes more room than its bytes, as it does not fill the gaps that others left. Both are
+# one number for all methods, told from the peaks in benchmarks/results/plan_memory.json and ppo_vs_trl.json.
 WORKSPACE, GAPS = 60e6, 1.25
-# Weights are read where they are in the file, so that a CPU keeps what was quantised of it in memory, too.
+# On a CPU weights are read where they lie in the file, so that what was quantised stays in memory too.
 MAPPED = "mapped file"
 IMPORTS = 450e6  # of a stage, before it does anything
 
@@ -53,6 +53,15 @@ class Memory:
     def total(self) -> float:
         """Bytes, at most."""
         return sum(self.parts.values())
+
+    def without(self, part: str) -> "Memory":
+        """The same phases without one of the parts."""
+        return Memory(
+            {
+                name: {each: size for each, size in parts.items() if each != part}
+                for name, parts in self.phases.items()
+            }
+        )
 
     def of_one(self, strategy: str, devices: int) -> "Memory":
         """What one of several devices needs."""
