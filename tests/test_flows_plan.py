@@ -51,7 +51,7 @@ def test_the_command_refuses_and_names_what_makes_it_fit(workspace: Path) -> Non
     assert refused.returncode == 3, refused.stderr
     (line,) = refused.stderr.splitlines()
     assert line.startswith("finetune does not fit: it needs ")
-    assert "are 900.0 MB; it would fit with: lifecycle run --set finetune." in line
+    assert "are 900 MB; it would fit with: lifecycle run --set finetune." in line
     (entry,) = json.loads(refused.stdout)["stages"]
     assert not entry["fits"]
 
@@ -80,6 +80,35 @@ def test_every_stage_has_a_plan_that_is_shown(workspace: Path, capsys: pytest.Ca
     assert "which `prepare` has not made yet" in shown
     for part in ("weights", "gradients", "optimizer", "KV cache"):
         assert part in shown
+
+
+def test_presets_and_settings_are_tried_and_not_written(workspace: Path) -> None:
+    (workspace / "presets").mkdir()
+    (workspace / "presets" / "wide.yaml").write_text("base: {architecture: {d_model: 512, layers: 6}}\n")
+    before = (workspace / "params.yaml").read_bytes()
+    (usual,) = plan.look(workspace, ["finetune"], "1.5GB", 1e10)["stages"]
+    tried = plan.look(
+        workspace, ["finetune"], "1.5GB", 1e10, presets=["wide"], settings=["finetune.method=full"]
+    )
+    assert tried["stages"][0]["trained"] > 10 * usual["parameters"]
+    with pytest.raises(
+        GateRefused, match=r"lifecycle run --preset wide --set finetune\.method=full --set finetune"
+    ):
+        plan.refuse(tried)
+    with pytest.raises(ParamsError, match="--preset wid: no such preset; did you mean wide"):
+        plan.look(workspace, presets=["wid"])
+    assert (workspace / "params.yaml").read_bytes() == before
+
+
+def test_a_gpu_of_which_all_is_told_need_not_be_here(workspace: Path) -> None:
+    settings = ["finetune.method=qlora", "base.architecture.d_model=512"]
+    here = plan.look(workspace, ["finetune"], "24GB", 1e10, settings=settings)
+    there = plan.look(workspace, ["finetune"], "24GB", 1e14, settings=[*settings, "compute.device=cuda"])
+    assert (here["precision"], there["precision"]) == ("fp32", "bf16")
+    (on_cpu,), (on_gpu,) = here["stages"], there["stages"]
+    assert "mapped file" in on_cpu["bytes"]
+    assert "mapped file" not in on_gpu["bytes"]
+    assert on_gpu["bytes"]["activations"] < 0.6 * on_cpu["bytes"]["activations"]
 
 
 def test_devices_divide_time_and_what_the_strategy_divides(workspace: Path) -> None:

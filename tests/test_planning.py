@@ -1,8 +1,10 @@
 """The numbers of `lifecycle plan`, against hand-made sums, published figures and measured peaks."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -159,6 +161,29 @@ def test_ppo_is_near_what_was_measured(method: str, row: str, tmp_path: Path) ->
     assert 0.8 < needed / peak < 1.2
 
 
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """benchmarks/plan_memory.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("plan_memory", ROOT / "benchmarks" / "plan_memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_every_method_is_near_the_peak_that_was_measured(benchmark: ModuleType, tmp_path: Path) -> None:
+    rows = json.loads((ROOT / benchmark.RESULT).read_text(encoding="utf-8"))["rows"]
+    assert set(rows) == {f"{family}/{row}" for family in benchmark.ARCHITECTURES for row in benchmark.ROWS}
+    for name, found in rows.items():
+        family, row = name.split("/")
+        stage = "ppo" if row in benchmark.PPO else "finetune"
+        given = benchmark.params(row, family, params())
+        needed = stages.needs(stage, given, tmp_path, stages.rough).memory.total / 1e6
+        assert 0.8 < needed / found["measured_mb"] < 1.2, name
+        assert needed == pytest.approx(found["estimated_mb"], rel=0.05), name  # adapters are left out here
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
     whole = fit.changed(params(), BIG | {"base.architecture.family": family, "finetune.method": "full"})
@@ -171,7 +196,7 @@ def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
     assert lora < full
     assert small < full
     ppo = stages.needs("ppo", whole, tmp_path, stages.rough).memory
-    assert set(ppo.phases) == {"updating", "answering", "keeping the best state"}
+    assert set(ppo.phases) == {"answering", "updating", "keeping the best state", "writing the model"}
     assert ppo.phases["answering"]["KV cache"] > 0
     alone = fit.changed(whole, {"ppo.value.trunk": "shared", "ppo.value.source": None})
     assert stages.needs("ppo", alone, tmp_path, stages.rough).memory.total < ppo.total

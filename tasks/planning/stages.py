@@ -233,25 +233,21 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     states = (
         0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * width
     )
-    best = {"best state": (FLOAT + ADAM) * trained}
     asked = min(rollouts["batch_size"], rollouts["episodes"])
-    answering = {
-        "KV cache": memory.cache(shape, asked, prompt, response, width),
-        "rollouts": memory.logits(shape, asked, response, memory.LOGITS_OF_ANSWERS)
-        + memory.forward(shape, asked, prompt, width)
-        + states,
-    }
-    scoring = [
-        memory.forward(judge, min(batch, rollouts["episodes"]), prompt + response, FLOAT)
-        for judge, batch in judges
+    scored = [
+        memory.forward(judge, min(batch, rollouts["episodes"]), prompt + response) for judge, batch in judges
     ]
-    updating = {"rollouts": states, "activations": GAPS * held}
+    reading = memory.forward(shape, asked, prompt, width)
+    reading += memory.logits(shape, asked, response, memory.LOGITS_OF_ANSWERS)
+    best = {"best state": (FLOAT + ADAM) * trained}
+    answering = {"KV cache": memory.cache(shape, asked, prompt, response, width), "rollouts": states}
+    # The pieces that answers were made in are free afterwards, and too small for what comes next.
+    updating = {**answering, "activations": GAPS * held}
     phases = {
+        "answering": {**models, **best, **answering, "activations": max(reading, *scored)},
         "updating": {**models, **best, **updating},
-        "answering": {**models, **best, **answering},
-        "scoring": {**models, **best, "rollouts": states + max(scoring, default=0.0)},
-        "keeping the best state": {**models, **best, "next best state": best["best state"]},
-        "writing the model": {**models, **best, "copy to write": FLOAT * found.total},
+        "keeping the best state": {**models, **best, **updating, "next best state": best["best state"]},
+        "writing the model": {**models, **best, **updating, "copy to write": FLOAT * found.total},
     }
     once = forward_flops(shape, prompt, response)
     reads = 2 + (trunks - 1) + len(judges) + update["epochs"] * passes(method == "full") * trunks
