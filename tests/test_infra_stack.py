@@ -64,14 +64,20 @@ def _has_postgres() -> bool:
 
 
 def ask(
-    running: Stack, url: str, body: Mapping[str, Any] | bytes | None = None, login: str | None = None, **more: str
+    running: Stack,
+    url: str,
+    body: Mapping[str, Any] | bytes | None = None,
+    login: str | None = None,
+    **more: str,
 ) -> tuple[int, Any]:
     """(status, answer) of a server. `body` makes it a POST, bytes a PUT; `login` is NAME:PASSWORD."""
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     headers = {} if isinstance(body, bytes | None) else {"Content-Type": "application/json"}
     if login is not None:
         headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-    request = urllib.request.Request(url, data, headers | more, method="PUT" if isinstance(body, bytes) else None)
+    request = urllib.request.Request(
+        url, data, headers | more, method="PUT" if isinstance(body, bytes) else None
+    )
     context = ssl.create_default_context(cafile=running.client["SSL_CERT_FILE"])
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
@@ -88,7 +94,9 @@ def ask(
         return status, text
 
 
-def mlflow(running: Stack, path: str, body: Any = None, login: str | None = None, **more: str) -> tuple[int, Any]:
+def mlflow(
+    running: Stack, path: str, body: Any = None, login: str | None = None, **more: str
+) -> tuple[int, Any]:
     login = login or f"admin:{running.settings['MLFLOW_ADMIN_PASSWORD']}"
     return ask(running, f"{running.client['MLFLOW_TRACKING_URI']}/api/2.0/{path}", body, login, **more)
 
@@ -133,7 +141,9 @@ def test_health_is_open_since_clients_ask_it_first(running: Stack) -> None:
     assert ask(running, f"{running.client['MLFLOW_TRACKING_URI']}/health")[0] == 200
 
 
-def test_mlflow_answers_no_page_of_another_site_and_a_new_user_may_see_nothing(running: Stack, lived: Toy) -> None:
+def test_mlflow_answers_no_page_of_another_site_and_a_new_user_may_see_nothing(
+    running: Stack, lived: Toy
+) -> None:
     search = "mlflow/experiments/search?max_results=1"
     assert mlflow(running, search)[0] == 200
     address = running.addresses["mlflow:5000"]
