@@ -4,9 +4,10 @@
     python infra/keep.py backup FOLDER       write all of it into a new folder
     python infra/keep.py restore FOLDER      put it back into empty servers; with --over also over what is there
 
-Where they are, and the keys, come from the environment (PGHOST …, AWS_ENDPOINT_URL_S3 …). The dumps are taken before
-the objects, which are only ever added: whatever a run in them points at is in the backup. The servers must not run
-while a backup is put back. Passwords of MLflow's users are in the backup; those of the servers are in infra/.env.
+Where they are, and the keys, come from the environment (PGHOST …, AWS_ENDPOINT_URL_S3 …). The dumps are taken
+before the objects, which are only ever added: whatever a run in them points at is in the backup. The servers must
+not run while a backup is put back. The backup holds the accounts of MLflow with the hashes of their passwords; the
+passwords of the servers are in infra/.env.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Passwords of the servers, made before their first start; `make up` calls this.
 
     python infra/settings.py            writes infra/.env, or adds what it lacks; no password is ever changed
-    python infra/settings.py client     writes infra/client.env: what a client's shell needs to reach the servers
+    python infra/settings.py client     writes infra/client.env, with which a shell reaches the servers
 
 Both files are for their owner alone (mode 600), and git ignores them.
 """

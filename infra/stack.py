@@ -2,9 +2,9 @@
 
     python -m infra.stack FOLDER        starts them and keeps what they hold in FOLDER, until Ctrl-C
 
-Commands, environment and files are those of compose.yaml: only names of containers become ports of this machine.
-PostgreSQL, Prefect, MLflow and Caddy are the real ones. The object store is moto's S3 server, which checks no keys
-and forgets everything at its end: use it to try things. PostgreSQL and Caddy must be installed.
+Commands, environment and files are those of compose.yaml: only names of containers become ports of this
+machine. PostgreSQL, Prefect, MLflow and Caddy are the real ones. The object store is moto's S3 server, which
+checks no keys and forgets everything at its end: this is for trying things. PostgreSQL and Caddy must be installed.
 """
 
 import os
@@ -39,7 +39,7 @@ OUTSIDE = ("MLFLOW_PORT", "PREFECT_PORT", "STORE_PORT")
 
 
 class Stack:
-    """The servers of one folder. `client` is the environment in which a client reaches them through the proxy."""
+    """The servers of one folder. In the environment `client` a client reaches them through the proxy."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

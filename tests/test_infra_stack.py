@@ -1,4 +1,4 @@
-"""The servers of infra/, real ones, under one whole life: runs, artifacts, logins, backup, restore; no secret leaks."""
+"""The servers of infra/, real ones, through one life: runs, logins, backup, restore, and no secret anywhere."""
 
 import base64
 import json
@@ -174,7 +174,7 @@ def test_what_was_backed_up_is_there_again_in_empty_servers(running: Stack, live
     shutil.copytree(tmp_path / "kept", damaged)
     with (damaged / "dvc.tar").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(SystemExit, match="dvc.tar was damaged"):
+    with pytest.raises(SystemExit, match=r"dvc\.tar was damaged"):
         running.keep("restore", str(damaged))
     running.keep("restore", str(tmp_path / "kept"))
     with pytest.raises(SystemExit, match="the store is not empty"):
@@ -193,7 +193,7 @@ def test_what_was_backed_up_is_there_again_in_empty_servers(running: Stack, live
 def test_no_secret_is_in_a_log_a_database_an_object_or_the_repository(
     running: Stack, lived: Toy, tmp_path: Path
 ) -> None:
-    """The passwords that the servers and the client of the run were given, and a token planted in its environment."""
+    """The passwords of the servers and of the run, and a token planted in its environment."""
     running.keep("backup", str(tmp_path / "kept"))
     for name in keep.DATABASES:
         command = [stack.postgres_programs() / "pg_restore", "--file", tmp_path / f"{name}.sql"]

@@ -1,0 +1,249 @@
+"""The files of infra/ hold to what docs/security.md says, as far as that can be seen without a cluster or an engine."""
+
+import base64
+import itertools
+import json
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra import settings
+from infra.stack import VARIABLE
+
+INFRA = Path(__file__).parents[1] / "infra"
+COMPOSE: dict[str, Any] = yaml.safe_load((INFRA / "compose.yaml").read_text(encoding="utf-8"))
+TEMPLATE: dict[str, Any] = json.loads(
+    (INFRA / "kubernetes" / "base-job-template.json").read_text(encoding="utf-8")
+)
+ONCE = {"keeper"}
+SECRET = re.compile(r"PASSWORD|SECRET|KEY$|TOKEN|LOGIN|AUTH_STRING|CONNECTION_URL|STORE_URI")
+
+
+def manifests() -> list[dict[str, Any]]:
+    files = sorted((INFRA / "kubernetes").glob("*.yaml"))
+    return [found for file in files for found in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, pod) of each workload, and of the jobs of the work pool."""
+    for found in manifests():
+        if found["kind"] in ("Deployment", "StatefulSet"):
+            yield found["metadata"]["name"], found["spec"]["template"]["spec"]
+    yield "run", TEMPLATE["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+
+
+def containers() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, pod in pods():
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            yield f"{name}/{container['name']}", container
+
+
+def test_compose_yaml_is_what_the_specification_of_compose_allows() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, INFRA / "compose.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_itself_accepts_the_file(tmp_path: Path) -> None:
+    docker = shutil.which("docker")
+    if (
+        not docker
+        or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs docker's compose plugin")
+    settings.ensure(tmp_path / ".env")
+    command = [
+        docker,
+        "compose",
+        "--env-file",
+        tmp_path / ".env",
+        "--file",
+        INFRA / "compose.yaml",
+        "config",
+        "-q",
+    ]
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_is_pinned_watched_started_again_and_keeps_its_data(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert re.search(r":\d+\.\d+(\.\d+)?(-\w+)?$", service["image"]), "an image has a whole version"
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    if name in ONCE:
+        assert service["restart"] == "no"
+    else:
+        assert service["restart"] == "unless-stopped"
+        assert service["healthcheck"]["test"][0] == "CMD"
+    named = {volume.partition(":")[0] for volume in service.get("volumes", ()) if volume[0].isalpha()}
+    assert named <= set(COMPOSE["volumes"])
+    assert named or name not in ("postgres", "store", "proxy")
+
+
+def test_only_the_proxy_has_ports_and_they_are_on_loopback_unless_asked() -> None:
+    ports = {name: service["ports"] for name, service in COMPOSE["services"].items() if "ports" in service}
+    assert list(ports) == ["proxy"]
+    for port in ports["proxy"]:
+        assert port.startswith("${LIFECYCLE_BIND:-127.0.0.1}:")
+
+
+def test_networks_let_nobody_out_but_the_worker_and_the_proxy() -> None:
+    open_ones = {name for name, network in COMPOSE["networks"].items() if not network.get("internal")}
+    out = {name for name, service in COMPOSE["services"].items() if open_ones & set(service["networks"])}
+    assert out == {"worker", "proxy"}
+    assert "databases" not in COMPOSE["services"]["worker"]["networks"]
+
+
+def test_no_service_has_a_password_that_is_written_here_or_has_a_default() -> None:
+    for name, service in COMPOSE["services"].items():
+        for variable, value in service.get("environment", {}).items():
+            if SECRET.search(variable) and not variable.endswith("ACCESS_KEY_ID"):
+                used = [found for found in VARIABLE.finditer(value) if found[0].endswith(":?}")]
+                assert used, f"{name}: {variable} is not taken from the settings"
+    needed = {found[1] for found in VARIABLE.finditer((INFRA / "compose.yaml").read_text()) if ":?" in found[0]}
+    assert needed == {*settings.MADE, "PREFECT_LOGIN"}
+
+
+def test_the_settings_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    made = settings.ensure(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert all(len(made[name]) == 48 for name in settings.MADE)
+    assert len({made[name] for name in settings.MADE}) == len(settings.MADE)
+    assert base64.b64decode(made["PREFECT_LOGIN"]).decode() == f"admin:{made['PREFECT_PASSWORD']}"
+    assert settings.ensure(file) == made
+    assert settings.ensure(tmp_path / "other") != made
+
+
+def test_settings_that_are_new_are_added_to_those_that_a_person_chose(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("# ours\nLIFECYCLE_HOST=models.example.org\nPREFECT_PASSWORD=chosen\n")
+    made = settings.ensure(file)
+    assert (made["LIFECYCLE_HOST"], made["PREFECT_PASSWORD"]) == ("models.example.org", "chosen")
+    assert set(settings.MADE) < set(settings.read(file))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_git_ignores_what_holds_secrets(repository: Path) -> None:
+    for name in (
+        "infra/.env",
+        "infra/client.env",
+        "infra/backups/one/mlflow.dump",
+        "infra/certificates/key.pem",
+    ):
+        done = subprocess.run(
+            ["git", "check-ignore", "--quiet", "--no-index", name], cwd=repository, check=False
+        )
+        assert done.returncode == 0, name
+
+
+def test_the_image_gets_only_what_it_needs_and_runs_as_nobody_special(repository: Path) -> None:
+    lines = (INFRA / "Dockerfile").read_text().splitlines()
+    commands = [line.split(maxsplit=1) for line in lines if re.match(r"[A-Z]+ ", line)]
+    assert commands[0][0] == "FROM"
+    assert re.search(r":\d+\.\d+\.\d+-", commands[0][1])
+    assert [what for word, what in commands if word == "USER"] == ["lifecycle"]
+    assert not any(word == "ADD" for word, _ in commands)
+    copied = itertools.chain.from_iterable(what.split()[:-1] for word, what in commands if word == "COPY")
+    allowed = {line[1:] for line in (repository / ".dockerignore").read_text().splitlines() if line[0] == "!"}
+    assert set(copied) == allowed
+    assert all((repository / path).exists() for path in allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "container"), list(containers()), ids=lambda value: value if type(value) is str else ""
+)
+def test_a_container_in_the_cluster_is_pinned_and_has_no_rights_and_no_passwords(
+    name: str, container: dict[str, Any]
+) -> None:
+    assert container["image"] == "{{ image }}" or re.search(r":\d+\.\d+(\.\d+)?(-\S+)?$", container["image"])
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+    for variable in container["env"]:
+        if SECRET.search(variable["name"]) and not variable["name"].endswith("ACCESS_KEY_ID"):
+            secret = "secretKeyRef" in variable.get("valueFrom", {})
+            assert secret or re.search(r"\$\((PREFECT|MLFLOW)_\w*PASSWORD\)", variable["value"]), variable[
+                "name"
+            ]
+
+
+def test_every_secret_that_the_cluster_wants_is_made() -> None:
+    wanted = set(re.findall(r"secretKeyRef: \{name: lifecycle, key: (\w+)\}", all_text()))
+    jobs = {entry["valueFrom"]["secretKeyRef"]["key"] for entry in job()["env"] if "valueFrom" in entry}
+    assert wanted | jobs <= {*settings.MADE, "PREFECT_LOGIN"}
+    assert wanted >= set(settings.MADE) - {"STORE_KEEPER_SECRET"} - jobs
+
+
+def all_text() -> str:
+    return "".join(file.read_text() for file in sorted((INFRA / "kubernetes").glob("*.yaml")))
+
+
+def job() -> dict[str, Any]:
+    found: dict[str, Any] = dict(pods())["run"]["containers"][0]
+    return found
+
+
+def test_pods_run_without_root_and_only_the_worker_may_speak_to_the_cluster() -> None:
+    for name, pod in pods():
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod.get("automountServiceAccountToken", True) is (name == "worker"), name
+
+
+def test_nothing_is_reachable_from_outside_the_cluster_unless_asked() -> None:
+    kinds = [found["spec"].get("type", "ClusterIP") for found in manifests() if found["kind"] == "Service"]
+    assert set(kinds) == {"ClusterIP"}
+
+
+def test_cluster_and_compose_run_the_same_images_and_the_same_servers() -> None:
+    images = {service["image"] for service in COMPOSE["services"].values()}
+    assert {container["image"] for _, container in containers()} - {"{{ image }}"} - images == {
+        "prefecthq/prefect:3.8.8-python3.11-kubernetes"
+    }
+    assert "prefect==3.8.8\n" in (INFRA.parent / "requirements.lock").read_text()
+    for name in ("mlflow", "prefect"):
+        in_cluster = next(found["args"] for path, found in containers() if path == f"{name}/{name}")
+        in_compose = COMPOSE["services"][name]["command"]
+        assert [word for word in in_cluster if word.startswith("--")] == [
+            word for word in in_compose if word.startswith("--")
+        ]
+
+
+def test_a_job_gets_its_gpus_its_memory_and_the_volume_on_which_a_preempted_one_goes_on() -> None:
+    spec = TEMPLATE["job_configuration"]["job_manifest"]["spec"]
+    pod = spec["template"]["spec"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in job()["volumeMounts"]}
+    assert mounts["/workspace"]["persistentVolumeClaim"]["claimName"] == "{{ claim }}"
+    assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "{{ shared_memory }}"}
+    assert job()["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"
+    assert pod["nodeSelector"] == "{{ node_selector }}"
+    assert spec["podFailurePolicy"]["rules"][0] == {
+        "action": "Ignore",  # the job starts another pod, without counting this one as a failure
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
+    claims = [found["metadata"]["name"] for found in manifests() if found["kind"] == "PersistentVolumeClaim"]
+    assert TEMPLATE["variables"]["properties"]["claim"]["default"] in claims
+
+
+def test_every_variable_of_the_template_is_used_and_every_use_is_a_variable() -> None:
+    text = json.dumps(TEMPLATE["job_configuration"])
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(TEMPLATE["variables"]["properties"])
+
+
+def test_kustomize_puts_it_all_together() -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("needs kubectl")
+    done = subprocess.run([kubectl, "kustomize", INFRA], capture_output=True, text=True, check=True)
+    built = list(yaml.safe_load_all(done.stdout))
+    kinds = [found["kind"] for found in built]
+    assert sorted(kinds) == sorted([found["kind"] for found in manifests()] + ["ConfigMap"] * 4)
+    assert {found["metadata"]["namespace"] for found in built} == {"lifecycle"}
