@@ -31,8 +31,12 @@ def ensure(file: Path) -> dict[str, str]:
     """The settings in `file`; those it lacks are made and added first."""
     known = read(file) if file.is_file() else {}
     made = {name: secrets.token_hex(24) for name in MADE if name not in known}
+    owner = {
+        "LIFECYCLE_UID": str(os.getuid()),
+        "LIFECYCLE_GID": str(os.getgid()),
+    }  # whose files the worker writes
     login = base64.b64encode(f"admin:{(known | made)['PREFECT_PASSWORD']}".encode()).decode()
-    settings = known | made | {"PREFECT_LOGIN": login}
+    settings = owner | known | made | {"PREFECT_LOGIN": login}
     if settings != known:
         write_private(file, "".join(f"{name}={value}\n" for name, value in settings.items()))
     return settings
