@@ -5,8 +5,8 @@
     python infra/keep.py restore FOLDER      put it back into empty servers; with --over also over what is there
 
 Where they are, and the keys, come from the environment (PGHOST …, AWS_ENDPOINT_URL_S3 …). The dumps are taken
-before the objects, which are only ever added: whatever a run in them points at is in the backup. The servers must
-not run while a backup is put back. The backup holds the accounts of MLflow with the hashes of their passwords; the
+before the objects, which are only ever added: whatever a run in them points at is in the backup. The servers
+must not run while a backup is put back. It holds the accounts of MLflow with the hashes of their passwords; the
 passwords of the servers are in infra/.env.
 """
 

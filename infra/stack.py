@@ -3,8 +3,8 @@
     python -m infra.stack FOLDER        starts them and keeps what they hold in FOLDER, until Ctrl-C
 
 Commands, environment and files are those of compose.yaml: only names of containers become ports of this
-machine. PostgreSQL, Prefect, MLflow and Caddy are the real ones. The object store is moto's S3 server, which
-checks no keys and forgets everything at its end: this is for trying things. PostgreSQL and Caddy must be installed.
+machine. PostgreSQL, Prefect, MLflow and Caddy are the real ones; PostgreSQL and Caddy must be installed. The
+object store is moto's S3 server, which checks no keys and forgets everything at its end: use it to try things.
 """
 
 import os
