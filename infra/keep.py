@@ -60,8 +60,8 @@ def restore(folder: Path, over: bool) -> None:
     if not over and any(_keys(_store(), name) for name in BUCKETS):
         raise SystemExit("the store is not empty: --over puts the backup over what is there")
     for name in DATABASES:
-        options = ("--create", "--clean", "--if-exists", "--exit-on-error", "--dbname", "postgres")
-        _run("pg_restore", *options, str(folder / f"{name}.dump"))
+        _run("dropdb", "--if-exists", "--force", name)
+        _run("pg_restore", "--create", "--exit-on-error", "--dbname", "postgres", str(folder / f"{name}.dump"))
     for name in BUCKETS:
         _load_bucket(name, folder / f"{name}.tar")
 

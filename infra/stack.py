@@ -125,6 +125,11 @@ class Stack:
                 process.wait(60)
             end_group(process, seconds=20)
 
+    def signal(self, number: signal.Signals, *names: str) -> None:
+        """Send a signal to these and their children."""
+        for name in names:
+            os.killpg(self._running[name].pid, number)
+
     def keep(self, *arguments: str) -> None:
         """Carry out infra/keep.py."""
         _call([sys.executable, str(INFRA / "keep.py"), *arguments], self.keeper(), self.folder)
