@@ -125,7 +125,7 @@ class Stack:
                 process.wait(60)
             end_group(process, seconds=20)
 
-    def signal(self, number: signal.Signals, *names: str) -> None:
+    def send(self, number: signal.Signals, *names: str) -> None:
         """Send a signal to these and their children."""
         for name in names:
             os.killpg(self._running[name].pid, number)

@@ -167,7 +167,7 @@ def test_what_was_backed_up_is_there_again_in_empty_servers(running: Stack, live
     with tarfile.open(tmp_path / "kept" / "mlflow.tar") as archive:
         assert [name.rpartition("/")[2] for name in archive.getnames()] == ["note.txt"]
 
-    running.signal(signal.SIGSTOP, "prefect", "mlflow")  # starting them anew takes long
+    running.send(signal.SIGSTOP, "prefect", "mlflow")  # starting them anew takes long
     running.stop("postgres", "store")
     shutil.rmtree(running.folder / "postgres")
     running.start_postgres()
@@ -181,7 +181,7 @@ def test_what_was_backed_up_is_there_again_in_empty_servers(running: Stack, live
     running.keep("restore", str(tmp_path / "kept"))
     with pytest.raises(SystemExit, match="the store is not empty"):
         running.keep("restore", str(tmp_path / "kept"))
-    running.signal(signal.SIGCONT, "prefect", "mlflow")
+    running.send(signal.SIGCONT, "prefect", "mlflow")
 
     until(lambda: mlflow(running, f"mlflow/runs/get?run_id={run['run_id']}")[0] == 200, "MLflow")
     until(lambda: prefect(running, "flow_runs/filter", {})[0] == 200, "Prefect")
