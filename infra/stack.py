@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from flows import child
@@ -99,7 +100,6 @@ class Stack:
         """Start Prefect and MLflow."""
         for name, health in (("prefect", "prefect:4200"), ("mlflow", "mlflow:5000")):
             command = self._localized(self._compose["services"][name]["command"])
-            command[command.index("--host") + 1] = "127.0.0.1"
             command[command.index("--port") + 1] = self.addresses[health].partition(":")[2]
             self._start(name, child.command(*command), self.environment(name))
         self._await("prefect", lambda: _answers(f"http://{self.addresses['prefect:4200']}/api/health"))
@@ -124,6 +124,11 @@ class Stack:
                 process.send_signal(signal.SIGINT)  # at once, and cleanly
                 process.wait(60)
             end_group(process, seconds=20)
+
+    def processes(self) -> list[int]:
+        """The ids of the processes of all servers."""
+        leaders = [psutil.Process(leader.pid) for leader in self._running.values()]
+        return [process.pid for leader in leaders for process in (leader, *leader.children(recursive=True))]
 
     def send(self, number: signal.Signals, *names: str) -> None:
         """Send a signal to these and their children."""
@@ -169,7 +174,7 @@ class Stack:
             text = text.replace(f"localhost:{port}", f"localhost:{self.outside[name]}")
         for name, address in self.addresses.items():
             text = text.replace(name, address)
-        return text
+        return text.replace("0.0.0.0", "127.0.0.1")  # a container's every address is its own  # noqa: S104
 
     def _start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], user: str | None = None

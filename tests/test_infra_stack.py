@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from toy import Toy, build, until
 
@@ -136,6 +137,15 @@ def test_both_servers_want_a_login_before_and_behind_the_proxy(running: Stack, l
         f"http://{addresses[1]}/api/admin/settings",
     ):
         assert ask(running, url, login=login)[0] == 401, url
+
+
+def test_nothing_listens_beyond_this_machine(running: Stack) -> None:
+    ours = set(running.processes())
+    sockets = [
+        found for found in psutil.net_connections("inet") if found.pid in ours and found.status == "LISTEN"
+    ]
+    assert len({found.laddr.port for found in sockets}) >= len(running.addresses) + len(running.outside)
+    assert {found.laddr.ip for found in sockets} == {"127.0.0.1"}
 
 
 def test_health_is_open_since_clients_ask_it_first(running: Stack) -> None:
