@@ -22,6 +22,7 @@ from toy import Toy, build, until
 from infra import keep, settings, stack
 from infra.stack import Stack
 
+pytestmark = pytest.mark.xdist_group("stack")  # one process, which starts it once
 STAGE = "one"
 PLANTED = "planted-in-the-environment-of-a-run"
 ARTIFACT = b"an artifact that no client has keys for"
