@@ -8,6 +8,7 @@ object store is moto's S3 server, which checks no keys and forgets everything at
 """
 
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -189,8 +190,7 @@ class Stack:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                user=user,
-                extra_groups=[] if user else None,
+                **_identity(user),
             )
 
     def _await(self, name: str, ready: Callable[[], bool]) -> None:
@@ -233,11 +233,15 @@ def _call(
         capture_output=True,
         text=True,
         check=False,
-        user=user,
-        extra_groups=[] if user else None,
+        **_identity(user),
     )
     if done.returncode:
         raise SystemExit(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()}")
+
+
+def _identity(user: str | None) -> dict[str, Any]:
+    """How a process becomes `user`, in no group of ours; None: it stays who we are."""
+    return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
 
 
 def _answers(url: str, context: ssl.SSLContext | None = None) -> bool:
