@@ -3,9 +3,10 @@
 All but the table goes to stderr.
 """
 
+import re
 import time
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -13,10 +14,11 @@ from rich.table import Table
 
 from flows import pipeline
 from flows.report import as_rows, variants_of
-from flows.run import GOOD, Result, Run
+from flows.run import GOOD, Result, Run, State
 
 SECONDS_BETWEEN_LINES = 10.0
 LOG_LINES = 15
+STATES = get_args(State)
 COLOURS = {
     "done": "green",
     "restored": "green",
@@ -170,6 +172,12 @@ def _figures(record: dict[str, Any]) -> str:
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in figures.items()
     )
+
+
+def read_state_line(line: str) -> tuple[str, str, str] | None:
+    """(stage, state, reason of a failure) from a line that `Lines` has printed; None from any other."""
+    told = re.fullmatch(rf"([\w-]+): ({'|'.join(STATES)})(?: in [\d.]+ s|: (.*))?", line.strip())
+    return (told[1], told[2], told[3] or "") if told else None
 
 
 def _state_line(result: Result) -> str:

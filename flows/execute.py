@@ -63,6 +63,7 @@ def _with_server(run: Run) -> None:
         flow = _import_flow(url)  # takes as long as a server takes to start
         server.await_start(url, process, run.stop)
         flow.start(run)
+        run.flow_run_url = ""  # gone with the server
 
 
 def _import_flow(url: str) -> ModuleType:

@@ -3,7 +3,7 @@
 import difflib
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +26,52 @@ def change(root: Path, presets: Iterable[str] = (), settings: Iterable[str] = ()
     The file is written once, and only when all is well. Returns the lines `key: before → after`. Raises
     ParamsError for an unknown preset or key, or a value that the section does not allow.
     """
+    return edit(root, _merging(root, presets, settings))
+
+
+def edit(root: Path, alter: Callable[[CommentedMap], None]) -> list[str]:
+    """Let `alter` change what params.yaml holds; as `change` in all else."""
     path = root / PARAMS_FILE
     text = path.read_text(encoding="utf-8")
+    new, changed = _edited(root, text, alter)
+    if changed:
+        write_text(path, new)
+    return changed
+
+
+def changed_text(
+    root: Path, text: str, presets: Iterable[str] = (), settings: Iterable[str] = ()
+) -> tuple[str, list[str]]:
+    """What `change` would write where params.yaml is `text`, and its lines; nothing is written."""
+    return _edited(root, text, _merging(root, presets, settings))
+
+
+def _merging(root: Path, presets: Iterable[str], settings: Iterable[str]) -> Callable[[CommentedMap], None]:
+    def merge(data: CommentedMap) -> None:
+        for name in presets:
+            _merge(data, _preset(root, name), (), f"{PRESETS}/{name}.yaml")
+        for setting in settings:
+            keys, value = _parse(setting)
+            _merge(data, _nested(keys, value), (), f"--set {setting}")
+
+    return merge
+
+
+def _edited(root: Path, text: str, alter: Callable[[CommentedMap], None]) -> tuple[str, list[str]]:
     data = _load(text, str(PARAMS_FILE))
     before = _flat(data)
-    for name in presets:
-        _merge(data, _preset(root, name), (), f"{PRESETS}/{name}.yaml")
-    for setting in settings:
-        keys, value = _parse(setting)
-        _merge(data, _nested(keys, value), (), f"--set {setting}")
+    alter(data)
     after = _flat(data)
     changed = [
         f"{key}: {_shown(before, key)} → {_shown(after, key)}"
         for key in dict.fromkeys([*before, *after])
         if _shown(before, key) != _shown(after, key)
     ]
-    if changed:
-        new = _dump(data, text)
-        _check(root, new)
-        write_text(path, new)
-    return changed
+    if not changed:
+        return text, []
+    new = _dump(data, text)
+    _check(root, new)
+    return new, changed
 
 
 def _check(root: Path, text: str) -> None:

@@ -7,7 +7,11 @@ deletes, caches and records.
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,6 +208,38 @@ def cache_folder(root: Path) -> Path:
     return Path(_read(root, lambda repository: repository.cache.local.path))
 
 
+def uncached_outputs(root: Path) -> list[str]:
+    """The outputs that DVC knows by their hash and does not keep: git does."""
+    return _read(
+        root, lambda repository: [output.def_path for output in repository.index.outs if not output.use_cache]
+    )
+
+
+def share_cache(root: Path, folder: Path) -> None:
+    """Make the repository in `folder` keep its outputs where that at `root` does, with its local settings."""
+    settings = Path(".dvc", "config.local")
+    if (root / settings).is_file():
+        shutil.copy(root / settings, folder / settings)
+    cache = _read(root, lambda repository: str(repository.cache.local_cache_dir))
+    with _repository(folder) as repository, repository.config.edit("local") as config:
+        config.setdefault("cache", {})["dir"] = cache
+
+
+def checkout(root: Path, *options: str) -> None:
+    """Put the outputs that dvc.lock names in their places, from the cache. Raises UserError when it cannot."""
+    done = subprocess.run(
+        child.command("dvc", "checkout", "--quiet", *options),
+        cwd=root,
+        env={**os.environ, "DVC_SITE_CACHE_DIR": str(root / ".work" / "dvc")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UserError(f"dvc checkout in {root}: {_last_line(done.stderr, 'no reason given')}")
+
+
 def order_lock(root: Path, names: Sequence[str]) -> None:
     """Write dvc.lock in the order of the graph, so that a parallel run leaves the bytes of a serial one."""
     from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
@@ -243,6 +279,22 @@ def mend(root: Path) -> list[str]:
             path.rename(path.with_suffix(".lock.broken"))
             done.append(f"{LOCK_FILE} cannot be read ({fault}): moved to {LOCK_FILE}.broken and written anew")
     return done
+
+
+def update_imports(root: Path) -> list[str]:
+    """Fetch anew what `dvc import` and `dvc import-url` brought here and has changed where it comes from.
+
+    Returns the paths that changed. Raises UserError when a source cannot be read.
+    """
+    changed = []
+    # what DVC has to say goes to stderr: stdout is for results
+    with contextlib.redirect_stdout(sys.stderr), _repository(root, wait=True) as repository:
+        for stage in sorted((each for each in repository.index.stages if each.is_import), key=str):
+            before = stage.outs[0].hash_info
+            [updated] = repository.update(stage.relpath)
+            if updated.outs[0].hash_info != before:
+                changed.append(os.path.relpath(updated.outs[0].fs_path, root))
+    return changed
 
 
 def _read(root: Path, look: Callable[[Any], T]) -> T:

@@ -33,10 +33,12 @@ def run(
     log: Path,
     seconds: float | None,
     stop: Event,
+    seconds_to_end: float = SECONDS_TO_END,
 ) -> int:
     """Run `command` in `folder`, its output in the file `log`, and return its exit status (-N: signal N).
 
-    Whatever it started is gone when this returns or raises. Raises TimeUp after `seconds`, and Stopped once
+    Whatever it started is gone when this returns or raises: what does not end when it is asked to is killed
+    after `seconds_to_end`. Raises TimeUp after `seconds`, and Stopped once
     `stop` is set.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ def run(
     try:
         return _wait(process, seconds, stop)
     finally:
-        end_group(process)
+        end_group(process, seconds_to_end)
         _running.discard(process.pid)
 
 

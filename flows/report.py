@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flows import links, pipeline
 from flows.run import GOOD, Run, metrics
 
 VARIANT_COLUMNS = {
@@ -62,7 +63,16 @@ def as_markdown(run: Run) -> str:
     parts = [f"# {run.title}", _table(as_rows(run))]
     if variants := variants_of(run):
         parts.append(_table(variants))
+    if found := mlflow_runs(run):
+        parts.append("MLflow: " + " · ".join(f"[{name}]({url})" for name, url in found.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def mlflow_runs(run: Run) -> dict[str, str]:
+    """The addresses of the MLflow runs: that of this run, and of each stage the one that made what is there."""
+    ids = {name: pipeline.exit_record(run.root, name).get("mlflow_run_id") for name in run.stages}
+    found = {"this run": run.mlflow_id, **ids}
+    return {name: links.mlflow_run(run_id) for name, run_id in found.items() if run_id}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -73,23 +83,24 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def figures(found: Mapping[str, Any], names: tuple[str, ...]) -> list[tuple[str, str]]:
     """(name, value) of `names` (dotted) among the metrics, or of the first few numbers."""
-    flat = _flat(found)
-    shown = names or [name for name in flat if "." not in name][:METRICS_SHOWN]
-    return [(name, _number(flat[name])) for name in shown if name in flat]
+    known = flat(found)
+    shown = names or [name for name in known if "." not in name][:METRICS_SHOWN]
+    return [(name, _number(known[name])) for name in shown if name in known]
 
 
 def _figures(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return " ".join(f"{name}={value}" for name, value in figures(found, names))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
-    flat: dict[str, int | float] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    """The numbers among nested values, with dotted names."""
+    found: dict[str, int | float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            found.update(flat(value, f"{prefix}{name}."))
         elif isinstance(value, int | float):
-            flat[f"{prefix}{name}"] = value
-    return flat
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _number(value: Any) -> str:

@@ -11,18 +11,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import pipeline
+from flows import links, pipeline, point, rankings
 from flows.pipeline import Change, Stage, StageError
 from flows.processes import Stopped
 from flows.workspace import child_environment
 from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
+from tasks.stage.params import PARAMS_FILE, check_all, read_yaml
 from tasks.stage.recorder import Recorder, Status
 
 INTERRUPTED = 130
@@ -49,7 +51,9 @@ class Run:
 
     `changed` says why a stage would run, `forced` names those that run in any case. At most `jobs` stages run
     side by side, and besides them one that asks for a GPU: without one it has the cores instead, which two
-    stages would fight for.
+    stages would fight for. The stage that reads people's rankings first waits until there are as many as
+    `wanted`; `pause` is told why, for as long as that takes, and gives a function that says whether to wait no
+    longer.
     """
 
     def __init__(
@@ -59,22 +63,31 @@ class Run:
         changed: Mapping[str, tuple[Change, ...]],
         forced: frozenset[str],
         jobs: int,
+        wanted: rankings.Wanted | None = None,
     ) -> None:
         self.root = root
         self.stages = stages
         self.changed = changed
         self.forced = forced
+        self.point = point.read(root)
         self.results = {name: Result(name) for name in stages}
         self.stop = threading.Event()
         self.parent: Recorder | None = None
         self.flow_run_id = ""
-        self.due = _with_descendants(stages, {*forced, *(name for name in stages if changed[name])})
+        self.flow_run_url = ""
+        self.wanted = wanted
+        self.pause: Callable[[str], AbstractContextManager[Callable[[], bool]]] = _no_pause
+        awaiting = {rankings.STAGE} if wanted else set()
+        self.due = _with_descendants(stages, {*forced, *awaiting, *(name for name in stages if changed[name])})
         self._cpu = threading.BoundedSemaphore(jobs)
         self._gpu = threading.BoundedSemaphore(1)
 
     @property
     def title(self) -> str:
-        """What runs, in a few words: the stages that changed, and how many more may follow."""
+        """What runs, in a few words: the point of a sweep, or the stages that changed, and how many more may
+        follow."""
+        if self.point is not None:
+            return self.point.title
         if not self.due:
             return "nothing to do"
         own = [name for name in self.stages if name in self.forced or self.changed[name]]
@@ -92,11 +105,21 @@ class Run:
             return 0 if all(result.state in GOOD for result in self.results.values()) else 1
         return failed[0] if failed[0] in {2, 3, pipeline.TRY_AGAIN} else 1
 
+    @property
+    def mlflow_id(self) -> str | None:
+        """The MLflow run of this run; None when it has none, or MLflow has not heard of it yet."""
+        known = self.parent and self.parent.folder / "run_id"
+        return known.read_text(encoding="ascii") if known and known.is_file() else None
+
     def record(self) -> None:
         """Start the run's own record in MLflow, parent of those of its stages."""
         if os.environ.get("LIFECYCLE_TRACKING") != "off":
             revision = commit(self.root)
-            self.parent = tracking.start_parent(self.title, {"git.commit": revision} if revision else {})
+            tags = {"git.commit": revision} if revision else {}
+            if self.point is not None:
+                tags |= self.point.tags
+            self.parent = tracking.start_parent(self.title, tags)
+            self.parent.params(read_yaml(self.root / PARAMS_FILE))
 
     def settle(self, name: str) -> Result:
         """Bring one stage up to date; its parents are.
@@ -108,10 +131,13 @@ class Run:
         try:
             if self.stop.is_set():
                 raise Stopped
+            if self.wanted is not None and name == rankings.STAGE:
+                self._await_rankings(self.wanted)
             if self._up_to_date(name):
                 result.state = "cached"
             else:
-                with self._gpu if self.stages[name].meta.gpu else self._cpu:
+                slot = self._gpu if self.stages[name].meta.gpu else self._cpu
+                with point.once(self.point, name, self.root, self.stop), slot:
                     result.state = self._reproduce(name, result)
         except Stopped:
             result.state = "stopped"
@@ -134,15 +160,38 @@ class Run:
                 with contextlib.suppress(Exception):  # told in its result
                     self.settle(name)
 
-    def close(self) -> None:
-        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would."""
+    def close(self, page: Path | None = None) -> None:
+        """After the last stage: name what never ran, and leave dvc.lock as a serial `dvc repro` would.
+
+        The run's record in MLflow gets `page`, and links to the Prefect run and to it.
+        """
         for result in self.results.values():
             if result.state in ("waiting", "running"):
                 result.state = "stopped" if self.stop.is_set() else "not run"
-        pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
+        if self.due:
+            pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
         if self.parent is not None:
-            self.parent.tags({"prefect.flow_run_id": self.flow_run_id})
+            if page is not None:
+                self.parent.artifact(page)
+            note = links.note(self.flow_run_url, page)
+            self.parent.tags({"prefect.flow_run_id": self.flow_run_id, "mlflow.note.content": note})
             tracking.end_parent(self.parent, _status(self.code))
+
+    def _await_rankings(self, wanted: rankings.Wanted) -> None:
+        """Wait for people, then settle again what reads the same folder as their rankings."""
+        message = rankings.invitation(self.root, wanted)
+        if rankings.enough(self.root, wanted):
+            rankings.collect(self.root)
+        else:
+            say(f"{rankings.STAGE}: {message}")
+            with self.pause(message) as told_to_go_on:
+                rankings.await_enough(self.root, wanted, self.stop, told_to_go_on, say)
+        self.wanted = None  # another attempt at the stage does not wait again
+        above = with_ancestors(self.stages, self._parents(self.stages[rankings.STAGE]))
+        for name in self.stages:
+            if name in above and pipeline.changes(self.root, [name])[name]:
+                self.due.add(name)
+                self.settle(name)
 
     def _up_to_date(self, name: str) -> bool:
         if name in self.forced:
@@ -202,21 +251,59 @@ def has_gpu() -> bool:
     return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
-def plan(root: Path, targets: Iterable[str] = (), force: bool = False, jobs: int = 2) -> Run:
-    """A run of the stages `targets` and all they need; of every stage when none is named.
+def ready(
+    root: Path,
+    settings: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    targets: Iterable[str] = (),
+    force: bool = False,
+    jobs: int = 2,
+    alone: bool = False,
+    wanted: rankings.Wanted | None = None,
+) -> Run:
+    """A run as `plan` makes it, once params.yaml has the presets and settings, and all of it is checked.
+
+    Files of DVC that a crash cut short are mended first. Raises UserError for wrong params, stages or dvc.yaml.
+    """
+    if settings or presets:
+        from flows import params_file
+
+        for line in params_file.change(root, presets, settings):
+            say(f"params.yaml: {line}")
+    for line in pipeline.mend(root):
+        say(line)
+    read_yaml(PARAMS_FILE)  # its own message for a broken file says more than DVC's
+    planned = plan(root, targets, force, jobs, alone, wanted)
+    if planned.due:
+        check_all()
+    return planned
+
+
+def plan(
+    root: Path,
+    targets: Iterable[str] = (),
+    force: bool = False,
+    jobs: int = 2,
+    alone: bool = False,
+    wanted: rankings.Wanted | None = None,
+) -> Run:
+    """A run of the stages `targets` and all they need (not when they run `alone`); of every stage when none is
+    named.
 
     `force` runs the named stages (all of them, when none is) though they are up to date. Raises UserError for
-    an unknown stage or a wrong dvc.yaml.
+    an unknown stage, a wrong dvc.yaml, or rankings that are `wanted` though no stage of the run reads them.
     """
     graph = pipeline.read_graph(root)
     named = list(targets)
     for name in named:
         if name not in graph:
             raise UserError(f"--stage {name}: no such stage in dvc.yaml; it has {', '.join(graph)}")
-    chosen = _with_ancestors(graph, named) if named else set(graph)
+    chosen = set(graph) if not named else set(named) if alone else with_ancestors(graph, named)
     stages = {name: stage for name, stage in graph.items() if name in chosen}
+    if wanted is not None:
+        rankings.check(root, stages)
     forced = frozenset(named or stages) if force else frozenset[str]()
-    return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs)
+    return Run(root, stages, pipeline.changes(root, list(stages)), forced, jobs, wanted)
 
 
 def metrics(root: Path, name: str) -> dict[str, Any]:
@@ -248,15 +335,21 @@ def commit(root: Path) -> str | None:
     return answer.stdout.strip() or None
 
 
+@contextlib.contextmanager
+def _no_pause(_: str) -> Iterator[Callable[[], bool]]:
+    yield lambda: False
+
+
 def _status(code: int) -> Status:
     return "FINISHED" if code == 0 else "KILLED" if code == INTERRUPTED else "FAILED"
 
 
-def _with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+def with_ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """`names`, and all that they depend on."""
     found: set[str] = set()
     for name in names:
         if name not in found:
-            found |= {name, *_with_ancestors(stages, stages[name].parents)}
+            found |= {name, *with_ancestors(stages, stages[name].parents)}
     return found
 
 

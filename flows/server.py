@@ -1,4 +1,4 @@
-"""Which Prefect server records a run: the configured one, the one of `lifecycle ui`, or a temporary one.
+"""Which Prefect server records a run: the configured one, that of `lifecycle ui` or `serve`, or one for now.
 
 Prefect starts a temporary server by itself too; ours is up in half the time, because it starts while Prefect is
 being imported, and it does not outlive a flow that is killed.
@@ -27,16 +27,19 @@ SECONDS_BETWEEN_LOOKS = 0.1
 
 def configured(root: Path) -> str | None:
     """The address of the server that was chosen: by PREFECT_API_URL, by the active Prefect profile, or by
-    keeping `lifecycle ui` open in this workspace. None when there is none."""
-    if url := os.environ.get("PREFECT_API_URL") or _profile_url():
-        return url
+    keeping `lifecycle ui` or `lifecycle serve` open in this workspace. None when there is none."""
+    return os.environ.get("PREFECT_API_URL") or _profile_url() or noted(root)
+
+
+def noted(root: Path) -> str | None:
+    """The address of the server that `lifecycle ui` or `lifecycle serve` runs in this workspace, or None."""
     note = note_path(root)
     url = note.read_text(encoding="utf-8") if note.is_file() else None
     return url if url and answers(url) else None
 
 
 def note_path(root: Path) -> Path:
-    """Where `lifecycle ui` leaves the address of its server."""
+    """Where `lifecycle ui` and `lifecycle serve` leave the address of their server."""
     return root / ".work" / "prefect-server"
 
 

@@ -1,5 +1,6 @@
 """The MLflow and Prefect UIs, served on this machine alone until Ctrl-C."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from threading import Event
 
-from flows import child, server
+from flows import child, mlflow_view, server
 from flows.processes import end_group
 from tasks.stage import tracking
 from tasks.stage.errors import TryAgain, UserError, say
@@ -21,32 +22,35 @@ SECONDS_BETWEEN_LOOKS = 0.2
 def serve(root: Path, mlflow_port: int, prefect_port: int) -> None:
     """Serve both UIs until KeyboardInterrupt; runs in this workspace use the Prefect server meanwhile.
 
-    Raises UserError when a port is taken.
+    The Prefect server of `lifecycle serve` is left to itself. Raises UserError when a port is taken.
     """
-    for port, option in ((mlflow_port, "--mlflow-port"), (prefect_port, "--prefect-port")):
+    serving = server.noted(root)
+    ports = [(mlflow_port, "--mlflow-port"), *([] if serving else [(prefect_port, "--prefect-port")])]
+    for port, option in ports:
         if not server.is_free(port):
             raise UserError(f"port {port} is in use: choose another with {option}")
-    note = server.note_path(root)
-    prefect = server.start(root, prefect_port)
-    processes = [prefect, _start_mlflow(root, mlflow_port)]
-    try:
+    mlflow_url, prefect_url = f"http://127.0.0.1:{mlflow_port}", f"http://127.0.0.1:{prefect_port}"
+    with contextlib.ExitStack() as opened, contextlib.suppress(KeyboardInterrupt):
+        processes = [_start_mlflow(root, mlflow_port)]
+        opened.callback(end_group, processes[0], seconds=10)
         say("starting (some ten seconds) …")
-        prefect_url = f"http://127.0.0.1:{prefect_port}"
-        mlflow_url = f"http://127.0.0.1:{mlflow_port}"
-        server.await_start(f"{prefect_url}/api", prefect, Event())
-        note.write_text(f"{prefect_url}/api", encoding="utf-8")
+        if serving is None:
+            prefect = server.start(root, prefect_port)
+            processes.append(prefect)
+            opened.callback(end_group, prefect, seconds=10)
+            server.await_start(f"{prefect_url}/api", prefect, Event())
+            server.note_path(root).write_text(f"{prefect_url}/api", encoding="utf-8")
+            opened.callback(server.note_path(root).unlink, missing_ok=True)
+        else:
+            prefect_url = serving.removesuffix("/api")
         _await_mlflow(mlflow_url)
-        sys.stdout.write(f"MLflow   {mlflow_url}\nPrefect  {prefect_url}\nCtrl-C ends both\n")
+        mlflow_view.note_path(root).write_text(mlflow_url, encoding="utf-8")
+        opened.callback(mlflow_view.note_path(root).unlink, missing_ok=True)
+        sys.stdout.write(f"MLflow   {mlflow_url}\nPrefect  {prefect_url}\nCtrl-C ends this\n")
         sys.stdout.flush()
         while all(process.poll() is None for process in processes):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         raise TryAgain("a server ended by itself: see .work/prefect-server.log and .work/mlflow-server.log")
-    except KeyboardInterrupt:
-        say("ending both")
-    finally:
-        note.unlink(missing_ok=True)
-        for process in processes:
-            end_group(process, seconds=10)
 
 
 def _start_mlflow(root: Path, port: int) -> subprocess.Popen[bytes]:

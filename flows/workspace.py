@@ -16,8 +16,13 @@ NO_TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
 }
 SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Busy(TryAgain):
+    """Another run has the workspace."""
 
 
 def find(start: Path) -> Path:
@@ -54,14 +59,14 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
 def locked(root: Path, wait: bool = False) -> Iterator[None]:
     """Keep every other flow out of the workspace while the block runs.
 
-    Raises TryAgain when one runs already and `wait` is false.
+    Raises Busy when one runs already and `wait` is false.
     """
     lock = Lock(lock_path(root))
     waiting = False
     while not lock.acquire():
         owner = holder(lock.path)
         if not wait:
-            raise TryAgain(
+            raise Busy(
                 f"another run has this workspace (process {owner}); try again later, or wait with --wait"
             )
         if not waiting:

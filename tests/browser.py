@@ -54,36 +54,46 @@ class Browser:
         result: dict[str, Any] = answer["result"]
         return result
 
-    def open(self, path: Path, width: int, height: int, scheme: str) -> Self:
-        """Open a file in a window of this size, for people who prefer this colour scheme ("light", "dark")."""
-        self.events.clear()
+    def open(self, page: Path | str, width: int, height: int, scheme: str) -> Self:
+        """Open a file or an address in a window of this size, for people who prefer this colour scheme: "light"
+        or "dark".
+        """
+        self._go("about:blank")  # what the page before it still has to say is not this one's
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._next())
+        self._go(page if isinstance(page, str) else page.as_uri())
         return self
 
     def ask(self, expression: str = QUESTION) -> Any:
-        """The value of an expression in the page."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        """The value of an expression in the page; None where it is none that JSON has."""
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def complaints(self) -> list[str]:
+    def until(self, expression: str) -> Any:
+        """The value of an expression in the page, once it is true."""
+        end = time.monotonic() + SECONDS
+        while not (value := self.ask(expression)):
+            assert time.monotonic() < end, f"waited {SECONDS} s for {expression}"
+            time.sleep(0.05)
+        return value
+
+    def complaints(self, own: tuple[str, ...] = ("file:", "data:")) -> list[str]:
         """Console messages, log entries, exceptions, and requests that failed or were for anything but the page
-        and what is in it."""
+        and what is in it, whose addresses begin with one of `own`. What the page itself called off has not
+        failed, and what the browser tells at its most talkative is no complaint."""
         told = []
         for event in self.events:
             method, values = event.get("method", ""), event.get("params", {})
             address = values.get("request", {}).get("url", "")
-            outside = method == "Network.requestWillBeSent" and not address.startswith(("file:", "data:"))
+            outside = method == "Network.requestWillBeSent" and not address.startswith(own)
             wrong = (
                 "Runtime.consoleAPICalled",
                 "Runtime.exceptionThrown",
                 "Log.entryAdded",
                 "Network.loadingFailed",
             )
-            if outside or method in wrong:
+            harmless = values.get("canceled") or values.get("entry", {}).get("level") == "verbose"
+            if outside or (method in wrong and not harmless):
                 told.append(json.dumps(event)[:500])
         return told
 
@@ -91,6 +101,12 @@ class Browser:
         """Write the whole page as a PNG."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _go(self, address: str) -> None:
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
 
     def _next(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._socket.recv(timeout=SECONDS))

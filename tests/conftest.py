@@ -1,12 +1,19 @@
-"""What every test shares: no telemetry, no network for models, the data of others, a ready MLflow store."""
+"""What every test shares: no telemetry, no network for models, the data of others, ready stores, one order."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from browser import Browser
+    from prefect_server import PrefectServer
 
 QUIET = {
     "DO_NOT_TRACK": "true",
@@ -14,6 +21,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
@@ -24,6 +32,61 @@ for name in [
     name for name in os.environ if name.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "LIFECYCLE_PARENT"))
 ]:
     del os.environ[name]
+
+SLOWEST = (  # begun first, so that no worker is left alone with one of them at the end
+    "test_presets.py",
+    "test_flows_lifecycle.py",
+    "test_stage_tracking.py",
+    "test_flows_register.py",
+    "test_flows_faults.py",
+    "test_register.py",
+    "test_distill.py",
+    "test_quantize.py",
+    "test_prune.py",
+    "test_reward.py",
+    "test_ppo.py",
+    "test_finetune.py",
+    "test_base.py",
+    "test_stage_faults.py",
+    "test_flows_cli.py",
+    "test_stage_warm.py",
+    "test_rlhf_trainer.py",
+    "test_real_data.py",
+    "test_evaluate.py",
+    "test_flows_page.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay together: what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`make_once(name, make)`: a folder that the first worker to ask has had filled by `make(folder)`."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make_once(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                unfinished = folder.with_suffix(".unfinished")
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return make_once
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +108,27 @@ def real_data(repository: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mlflow_template(make_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """An MLflow store without runs. Making one takes seconds: tests copy this file."""
 
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-    subprocess.run([sys.executable, "-c", script, f"sqlite:///{file}"], check=True, capture_output=True)
-    return file
+    def make(folder: Path) -> None:
+        script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
+        store = f"sqlite:///{folder / 'mlflow.db'}"
+        subprocess.run([sys.executable, "-c", script, store], check=True, capture_output=True)
+
+    return make_once("mlflow", make) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def prefect_template(make_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A PREFECT_HOME without runs. A server takes ten seconds to make its tables: tests copy this folder."""
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+        environment = {**os.environ, "PREFECT_HOME": str(folder)}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    return make_once("prefect", make)
 
 
 @pytest.fixture
@@ -61,3 +138,40 @@ def mlflow_store(mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.Monk
     address = f"sqlite:///{file}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     return address
+
+
+@pytest.fixture(scope="session")
+def prefect_home(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PREFECT_HOME that the tests share."""
+    return Path(shutil.copytree(prefect_template, tmp_path_factory.mktemp("home") / "prefect"))
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["PrefectServer"]:
+    """A Prefect server that the tests share; one that kills it starts it again."""
+    from prefect_server import PrefectServer
+
+    with PrefectServer(tmp_path_factory.mktemp("server"), prefect_home) as running:
+        yield running
+
+
+@pytest.fixture
+def served(prefect_server: "PrefectServer", monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of that server, which runs use."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server.url)
+    return prefect_server.url
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    """A Chromium for the tests of a file."""
+    import browser
+
+    program = browser.found()
+    if program is None:
+        problem = "no Chromium here: tests/install_browser installs one on Debian, for root"
+        if "CI" in os.environ:
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with browser.started(program, tmp_path_factory.mktemp("chromium")) as started:
+        yield started

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import tasks
+
 KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 FULL = "raise OSError(28, 'No space left on device')"
-HOOK = '''\
-"""Runs FAULT_CODE in the namespace of the module FAULT_MODULE, right after it is imported."""
+HOOK = """\
+# Runs FAULT_CODE in the namespace of the module FAULT_MODULE, right after it is imported.
 
 import importlib.abc
 import importlib.util
@@ -29,9 +31,11 @@ class AtImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "FAULT_MODULE" in os.environ:
+if os.environ.get("FAULT_MODULE") in sys.modules:
+    exec(os.environ["FAULT_CODE"], vars(sys.modules[os.environ["FAULT_MODULE"]]))
+elif "FAULT_MODULE" in os.environ:
     sys.meta_path.insert(0, AtImport())
-'''
+"""
 WRAP = """\
 def harmed(*arguments, _whole={name}, _calls=[], **options):
     _calls.append(1)
@@ -51,6 +55,17 @@ def fault(folder: Path, module: str, code: str) -> dict[str, str]:
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(HOOK)
     return {"PYTHONPATH": str(hook.parent), "FAULT_MODULE": module, "FAULT_CODE": code}
+
+
+def fault_in_stage(root: Path, module: str, code: str) -> dict[str, str]:
+    """As `fault`, for a stage that is started in `root`, forked from a process that has imported much already.
+
+    It finds its code through a package `tasks` that is written there.
+    """
+    package = root / "tasks" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text(f"__path__.append({str(Path(tasks.__file__).parent)!r})\n{HOOK}")
+    return {"FAULT_MODULE": module, "FAULT_CODE": code}
 
 
 def before(name: str, harm: str, call: int = 1) -> str:

@@ -17,6 +17,9 @@ from tasks.data.synthetic import examples as synthetic
 from tasks.stage import warm
 
 ROOT = Path(__file__).parents[1]
+# the host of all workers of this session lives as long as whoever started them
+RUNNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+WARM = {warm.VARIABLE: str(RUNNER), "PYTHONPATH": str(ROOT)}
 RATES = {"full": 0.01, "lora": 0.02, "prompt_tuning": 1.0, "prefix_tuning": 2.0, "ia3": 0.1, "bitfit": 0.05}
 SCHEDULE_HERE: dict[str, Any] = {**SCHEDULE, "batch_size": 8, "checkpoint_every": 4}
 
@@ -70,8 +73,7 @@ class Workplace:
 
     def start(self, stage: str, **extra: str) -> subprocess.Popen[str]:
         """As a run starts it, by the process of this test session that has the libraries in memory."""
-        usual = {"LIFECYCLE_TRACKING": "off", "PYTHONPATH": str(ROOT), warm.VARIABLE: str(os.getpid())}
-        environment = {**os.environ, **usual, **extra}
+        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", **WARM, **extra}
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", f"tasks.{stage}"], cwd=self.root, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,17 +1,16 @@
 """The stage `evaluate` on toy models of both families: what it writes, that it repeats, and how it refuses."""
 
 import csv
-import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from lm_stages import Workplace
 
 from tasks.data.records import read_examples
 from tasks.data.synthetic import examples as synthetic
@@ -437,19 +436,13 @@ def test_a_wrong_section_is_named(changes: dict[str, Any], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path, mlflow_store: str) -> None:
-    folder = shutil.copytree(seq2seq, tmp_path / "clone")
+def test_the_command_writes_metrics_and_report(seq2seq: Path, tmp_path: Path) -> None:
+    workplace = Workplace(Path(shutil.copytree(seq2seq, tmp_path / "clone")))
     quick = {"examples": {"main_task": 6, "other_tasks": 2, "decoding": 2}, "decoding": {"greedy": {}}}
-    document = {"seed": 7, "compute": COMPUTE, "evaluate": SECTION | quick}
-    (folder / "params.yaml").write_text(json.dumps(document))
-    stage = {"cmd": "python -m tasks.evaluate", "params": ["seed", "compute", "evaluate"]}
-    (folder / "dvc.yaml").write_text(json.dumps({"stages": {"evaluate": stage}}))
-    command = [sys.executable, "-m", "tasks.evaluate"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((folder / "metrics" / "evaluate.json").read_text())
-    assert metrics["about"]["examples"] == 6
-    assert (folder / "reports" / "evaluate" / "summary.md").is_file()
+    workplace.set(evaluate=SECTION | quick)
+    workplace.run("evaluate")
+    assert workplace.metrics("evaluate")["about"]["examples"] == 6
+    assert (workplace.root / "reports" / "evaluate" / "summary.md").is_file()
 
 
 def test_every_variant_of_the_default_run_is_a_dependency_in_the_graph(repository: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = [[], *([name] for name in (
-    "run", "status", "report", "verify", "upload", "ui", "register", "promote", "lineage", "reproduce", "serve",
+    "run", "sweep", "apply", "compare", "status", "report", "chat", "label", "verify", "upload", "ui",
+    "register", "promote", "lineage", "reproduce", "endpoint", "serve",
 ))]  # fmt: skip
 
 
@@ -70,6 +72,43 @@ def test_status_says_why(toy: Toy) -> None:
     assert (entries["a"]["state"], entries["a"]["why"]) == ("changed", ['param a.text "a" → "other"'])
     assert "a.text" in toy.lifecycle("status").stdout
     toy.set("a", text="a")
+
+
+def test_status_is_watched_until_ctrl_c(toy: Toy, tmp_path: Path) -> None:
+    watched = toy.copy(tmp_path / "toy")
+    command = watched.start("status", "--watch", "--json")
+    assert command.stdout is not None
+
+    def states() -> list[str]:
+        assert command.stdout is not None
+        return [entry["state"] for entry in json.loads(command.stdout.readline())["stages"]]
+
+    assert states() == ["up to date", "never run"]
+    watched.set("a", text="other")
+    assert states() == ["changed", "never run"]
+    watched.set("a", text="a")
+    assert states() == ["up to date", "never run"]
+    os.kill(command.pid, signal.SIGINT)
+    assert command.communicate(timeout=30)[0] == ""
+    assert command.returncode == 0
+    refused = toy.lifecycle("status", "--watch", code=2)
+    assert refused.stderr == "--watch is for a terminal; with --json it writes a line for each change\n"
+
+
+def test_status_is_watched_in_a_terminal(toy: Toy) -> None:
+    terminal, end = os.openpty()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "status", "--watch"], cwd=toy.root, stdout=end, stderr=end,
+        env={**toy.environment({}), "TERM": "xterm", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(end)
+    seen = ""
+    while "never run" not in seen.partition("b  ")[2]:
+        seen += os.read(terminal, 4096).decode()
+    assert "up to date" in seen
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait(timeout=30) == 0
+    os.close(terminal)
 
 
 def test_up_to_date_stages_print_the_result_table(toy: Toy) -> None:
@@ -132,7 +171,10 @@ def test_upload_has_nothing_to_send(toy: Toy) -> None:
     assert json.loads(toy.lifecycle("upload", "--json").stdout) == {"sent": [], "kept": [], "problem": None}
 
 
-def test_both_uis_come_up_and_end_together(toy: Toy, tmp_path: Path, mlflow_store: str) -> None:
+def test_both_uis_come_up_and_end_together(
+    toy: Toy, tmp_path: Path, mlflow_store: str, prefect_template: Path
+) -> None:
+    shutil.copytree(prefect_template, tmp_path, dirs_exist_ok=True)
     ports = [server.free_port(), server.free_port()]
     options = ("--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1]))
     command = toy.start("ui", *options)

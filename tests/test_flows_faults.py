@@ -11,8 +11,7 @@ import pytest
 from faults import FULL, KILL, after, before, fault
 from toy import Toy, build, until
 
-from flows import pipeline, verify
-from flows.run import Run, plan
+from flows import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
 RUN = "from pathlib import Path; from flows.run import plan; plan(Path.cwd()).settle_rest()"
@@ -54,20 +53,6 @@ def toy(unstarted: Toy, tmp_path: Path) -> Toy:
     return unstarted.copy(tmp_path / "toy")
 
 
-def settle(toy: Toy, **harm: str) -> Run:
-    """Bring the repository up to date in this process, the processes that it starts being harmed."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in toy.environment(
-            {"DVC_SITE_CACHE_DIR": str(toy.root / ".work" / "dvc"), **harm}
-        ).items():
-            patch.setenv(name, value)
-        pipeline.mend(toy.root)
-        run = plan(toy.root)
-        run.settle_rest()
-        run.close()
-    return run
-
-
 def assert_as_undisturbed(toy: Toy, undisturbed: Toy) -> None:
     assert toy.lock() == undisturbed.lock()
     assert [toy.output(name) for name in toy.graph] == [undisturbed.output(name) for name in toy.graph]
@@ -76,13 +61,13 @@ def assert_as_undisturbed(toy: Toy, undisturbed: Toy) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_dvc_killed_in_its_commit(moment: str, toy: Toy, undisturbed: Toy, tmp_path: Path) -> None:
-    killed = settle(toy, **fault(tmp_path, *MOMENTS[moment]))
+    killed = toy.settle(**fault(tmp_path, *MOMENTS[moment]))
     result = killed.results["a"]
     assert (result.state, result.code, result.message) == ("failed", 137, "DVC was killed by signal 9")
     assert toy.starts() == ["a"]
     assert killed.results["b"].state == "not run"
 
-    assert settle(toy).code == 0
+    assert toy.settle().code == 0
     assert toy.starts()[-1] == "b"
     assert_as_undisturbed(toy, undisturbed)
 
@@ -99,7 +84,7 @@ def test_the_flow_killed_while_dvc_commits(toy: Toy, undisturbed: Toy, tmp_path:
     dvc = int(written.read_text().rstrip("."))
     until(lambda: not _runs(dvc), "DVC to end", seconds=20)
 
-    assert settle(toy).code == 0
+    assert toy.settle().code == 0
     assert_as_undisturbed(toy, undisturbed)
 
 
@@ -110,23 +95,23 @@ def test_a_disk_that_is_full_when_dvc_commits(kept: bool, tmp_path: Path) -> Non
     undisturbed = toy.copy(tmp_path / "undisturbed")
     undisturbed.dvc("repro")
     full = fault(tmp_path, "dvc_objects.fs.utils", before("shutil.move", FULL))
-    failed = settle(toy, **full).results["a"]
+    failed = toy.settle(**full).results["a"]
     assert (failed.state, failed.code, failed.attempts) == ("failed", 75, 1)
     assert failed.message == (
         "No space left on device: make room, and `dvc commit --force a` keeps what the stage has made"
     )
     if kept:
         toy.call(["sh", "-c", failed.message.split("`")[1]], 0, {})
-    assert settle(toy).code == 0
+    assert toy.settle().code == 0
     assert toy.starts() == (["a"] if kept else ["a", "a"])
     assert_as_undisturbed(toy, undisturbed)
 
 
 def test_a_disk_that_is_full_before_a_stage_starts(toy: Toy, undisturbed: Toy, tmp_path: Path) -> None:
-    full = settle(toy, **fault(tmp_path, "dvc.stage", before("Stage.remove_outs", FULL))).results["a"]
+    full = toy.settle(**fault(tmp_path, "dvc.stage", before("Stage.remove_outs", FULL))).results["a"]
     assert (full.code, full.message) == (75, "No space left on device: make room and run again")
     assert toy.starts() == []
-    assert settle(toy).code == 0
+    assert toy.settle().code == 0
     assert_as_undisturbed(toy, undisturbed)
 
 

@@ -3,11 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -15,55 +15,21 @@ from typing import Any
 
 import psutil
 import pytest
-from toy import Toy, build, until
+from label_toys import toy_that_waits
+from prefect_server import PrefectServer, ask
+from toy import CHILD_SECONDS, Toy, build, read_until, until
+from webhook import Webhook
 
-from flows import pipeline, processes, report, run, server
+from flows import links, pipeline, rankings, report, run, server, verify
+from tasks.stage.recorder import Recorder
 
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
 DIAMOND = {"d": ["b", "c"], "a": [], "b": ["a"], "c": ["a"]}
-
-
-@pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefect")
-
-
-@pytest.fixture(scope="session")
-def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server that the tests share."""
-    folder = tmp_path_factory.mktemp("server")
-    with start_server(folder, prefect_home) as url:
-        yield url
-
-
-class start_server:  # noqa: N801 - used as a function
-    """A Prefect server with its records in `home`; `process` may be killed."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.folder, self.home = folder, home
-
-    def __enter__(self) -> str:
-        (self.folder / ".work").mkdir(exist_ok=True)
-        port = server.free_port()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_HOME", str(self.home))
-            self.process = server.start(self.folder, port, "--no-ui")
-        url = f"http://127.0.0.1:{port}/api"
-        server.await_start(url, self.process, Event())
-        return url
-
-    def __exit__(self, *_: object) -> None:
-        processes.end_group(self.process, seconds=5)
 
 
 @pytest.fixture(autouse=True)
 def environment(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(prefect_home))
-
-
-@pytest.fixture
-def served(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
-    return prefect_url
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +47,6 @@ def expected_lock(unstarted: Toy, tmp_path_factory: pytest.TempPathFactory) -> d
     toy.go()
     toy.dvc("repro")
     return toy.lock()
-
-
-def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
-    """What the server has on record, newest first."""
-    request = urllib.request.Request(
-        f"{url}/{what}/filter", json.dumps(conditions).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return sorted(json.load(answer), key=lambda each: each["created"], reverse=True)
 
 
 def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothing(tmp_path: Path) -> None:
@@ -112,18 +69,21 @@ def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothin
     assert "up to date" in parallel.dvc("status").stdout
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_random_graphs_end_as_dvc_repro_ends_them(seed: int, tmp_path: Path, served: str) -> None:
-    draw = random.Random(seed)
-    names = [f"s{number}" for number in range(5)]
-    graph = {name: sorted(draw.sample(names[:i], k=min(i, draw.randrange(3)))) for i, name in enumerate(names)}
+def test_random_graphs_end_as_dvc_repro_ends_them(tmp_path: Path, served: str) -> None:
+    """Two graphs that have nothing in common, in one dvc.yaml."""
+    graph: dict[str, list[str]] = {}
+    for seed in (1, 2):
+        draw = random.Random(seed)
+        names = [f"s{seed}{number}" for number in range(4)]
+        for i, name in enumerate(names):
+            graph[name] = sorted(draw.sample(names[:i], k=min(i, draw.randrange(3))))
     shuffled = dict(sorted(graph.items(), key=lambda _: draw.random()))
     serial = build(tmp_path / "serial", shuffled, light=True)
     parallel = serial.copy(tmp_path / "parallel")
     serial.dvc("repro")
     parallel.lifecycle("run", "--jobs", "4")
     assert (parallel.root / "dvc.lock").read_bytes() == (serial.root / "dvc.lock").read_bytes()
-    assert sorted(parallel.starts()) == names
+    assert sorted(parallel.starts()) == sorted(graph)
 
 
 def test_stages_that_ask_for_a_gpu_run_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,27 +118,46 @@ def test_scores_of_variants_are_those_of_this_run(state: Any, shown: int, tmp_pa
     assert len(report.variants_of(toy)) == shown
 
 
-def test_force_runs_all_again_and_leaves_the_same_lock(tmp_path: Path, served: str) -> None:
-    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
-    toy.dvc("repro")
-    before = (toy.root / "dvc.lock").read_bytes()
-    toy.lifecycle("run", "--force")
-    assert toy.starts() == ["a", "b", "a", "b"]
-    assert (toy.root / "dvc.lock").read_bytes() == before
+def test_a_run_links_to_its_mlflow_runs_and_its_mlflow_run_links_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meta = pipeline.Meta(**pipeline.USUAL_META)
+    toy = run.Run(tmp_path, {"a": pipeline.Stage("a", "a", (), (), meta)}, {"a": ()}, frozenset(), jobs=1)
+    toy.parent, toy.flow_run_url = Recorder("toy", {}), "http://127.0.0.1:4200/flow-runs/flow-run/7"
+    (toy.parent.folder / "run_id").write_text("beef")
+    (tmp_path / ".work" / "a").mkdir()
+    (tmp_path / ".work" / "a" / "last.json").write_text('{"mlflow_run_id": "cafe"}')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example/")
+    assert report.as_markdown(toy).endswith(
+        "MLflow: [this run](https://mlflow.example/#/runs/beef) · [a](https://mlflow.example/#/runs/cafe)\n"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert links.mlflow_run("cafe") == "http://127.0.0.1:5000/#/runs/cafe"
+
+    page = tmp_path / "lifecycle.html"
+    page.write_text("<html></html>")
+    toy.close(page)
+    events = [json.loads(line) for line in (toy.parent.folder / "events.jsonl").read_text().splitlines()]
+    tags = next(event["values"] for event in events if "mlflow.note.content" in event.get("values", {}))
+    assert tags["mlflow.note.content"] == (
+        f"[Prefect run]({toy.flow_run_url}) · report: lifecycle.html, among the artifacts"
+    )
+    assert [event["file"] for event in events if event["kind"] == "artifact"] == ["lifecycle.html"]
 
 
 def test_a_preset_and_force_leave_the_same_lock_however_often(tmp_path: Path, served: str) -> None:
-    toy = build(tmp_path / "toy", {"a": []}, light=True)
+    toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
     preset = toy.root / "presets" / "other.yaml"
     preset.parent.mkdir()
     preset.write_text("a: {text: another}\n")
     locks = []
-    for arguments in (["--preset", "other"], ["--preset", "other"], ["--force"], ["--force"]):
+    for arguments in (["--preset", "other"], ["--preset", "other"], ["--force"]):
         toy.lifecycle("run", *arguments)
-        locks.append(toy.lock())
-    assert toy.starts() == ["a"] * 3, "the second time the preset changes nothing"
-    assert locks == locks[:1] * 4
-    assert locks[0]["stages"]["a"]["params"]["params.yaml"]["a"]["text"] == "another"
+        locks.append((toy.root / "dvc.lock").read_bytes())
+    assert toy.starts() == ["a", "b"] * 2, "the second time the preset changes nothing"
+    assert locks == locks[:1] * 3
+    assert toy.lock()["stages"]["a"]["params"]["params.yaml"]["a"]["text"] == "another"
 
 
 def test_prefect_has_a_task_for_each_stage_and_only_what_changed_runs(tmp_path: Path, served: str) -> None:
@@ -219,8 +198,11 @@ def test_a_failing_stage_stops_only_what_depends_on_it_and_only_crashes_are_retr
     toy.set("crash", outcome="crash")
     toy.set("killed", outcome="kill once")
     toy.set("again", outcome="again once")
-    done = toy.lifecycle("run", "--json", code=2)
+    with Webhook() as hook:
+        done = toy.lifecycle("run", "--json", code=2, LIFECYCLE_WEBHOOK=hook.address)
 
+    assert sorted(hook.events) == ["failure", "failure", "gate"]
+    assert hook.address not in done.stderr
     results = {entry["stage"]: entry for entry in json.loads(done.stdout)["stages"]}
     assert {name: entry["state"] for name, entry in results.items()} == {
         "wrong": "failed", "after_wrong": "not run", "gate": "failed", "crash": "failed", "killed": "done",
@@ -274,12 +256,7 @@ def test_a_flow_beside_dvc_repro_waits_for_it(
     other = subprocess.Popen(command, cwd=toy.root, env=toy.environment({}), stdout=subprocess.DEVNULL)
     toy.await_stage("a")
     flow = toy.start("run")
-    assert flow.stdout is not None
-    seen = ""
-    while "a runs already as process" not in seen:
-        line = flow.stdout.readline()
-        assert line, seen
-        seen += line
+    read_until(flow, "a runs already as process")
     toy.go()
     output, _ = flow.communicate(timeout=60)
     assert flow.returncode == 0, output
@@ -301,7 +278,7 @@ def test_ctrl_c_ends_everything_and_the_next_run_goes_on(tmp_path: Path, served:
     assert toy.record("b")["exit_code"] == 143
     assert ask(served, "flow_runs")[0]["state_name"] == "Cancelled"
     toy.go()
-    toy.lifecycle("run")
+    assert toy.settle().code == 0
     assert toy.starts() == ["a", "b", "b"]
 
 
@@ -319,39 +296,34 @@ def test_a_killed_run_leaves_no_orphan_and_the_next_one_converges(
     until(lambda: not alive(toy), "the stage to end itself", seconds=20)
 
     toy.go()
-    toy.lifecycle("run")
+    assert toy.settle().code == 0
     assert toy.lock() == expected_lock
     assert toy.starts() == ["a", "a", "b"]
 
 
-def test_a_prefect_server_that_is_down_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.free_port()}/api")
-    toy = build(tmp_path / "toy", {"a": []}, light=True)
-    done = toy.lifecycle("run")
-    assert toy.output("a") == "a"
-    assert done.stderr.count("does not answer") == 1
-
-
 def test_without_any_prefect_the_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configured server is down, which costs a line; none can be started, which costs another."""
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.free_port()}/api")
     (tmp_path / "file").touch()
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "file"))  # no folder: no server can start
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "file"))  # no folder
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]}, light=True)
     done = toy.lifecycle("run")
     assert toy.output("b") == "ba"
+    assert done.stderr.count("does not answer; a temporary one records this run") == 1
     assert done.stderr.count("Prefect lost the record of this run") == 1
 
 
 def test_a_prefect_server_that_dies_takes_only_its_record_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prefect_template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
     toy.set("a", outcome="wait")
-    mortal = start_server(tmp_path, tmp_path / "home")
-    with mortal as url:
-        monkeypatch.setenv("PREFECT_API_URL", url)
+    home = Path(shutil.copytree(prefect_template, tmp_path / "home"))
+    with PrefectServer(tmp_path, home) as mortal:
+        monkeypatch.setenv("PREFECT_API_URL", mortal.url)
         run = toy.start("run")
         toy.await_stage("a")
-        os.killpg(mortal.process.pid, signal.SIGKILL)
+        mortal.kill()
         toy.go()
         output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
@@ -428,8 +400,8 @@ def test_a_full_disk_costs_the_run_but_not_the_next_one(tmp_path: Path, served: 
         assert "a failed: No space left on device" in failed.stderr
         assert toy.starts() == ["a"], "tried again, DVC would first delete what the stage has made"
         filler.unlink()
-        toy.lifecycle("run")
-        toy.lifecycle("verify")
+        assert toy.settle().code == 0
+        assert verify.damaged(toy.root) == []
         assert set(toy.lock()["stages"]) == {"a"}
     finally:
         subprocess.run(["umount", "--lazy", str(cache)], check=True)
@@ -445,3 +417,23 @@ def _runs(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_run_that_waits_for_people_is_paused_and_can_be_resumed(tmp_path: Path, served: str) -> None:
+    toy = toy_that_waits(tmp_path / "toy")
+    rankings.note_path(toy.root).write_text("http://127.0.0.1:7861")
+    process = toy.start("run", "--wait-for-rankings", "9", "--deadline", "2h")
+
+    def newest() -> dict[str, Any]:
+        return next(iter(ask(served, "flow_runs")), {"state": {"type": ""}})
+
+    until(lambda: newest()["state"]["type"] == "PAUSED", "the pause")
+    message = "waiting for 9 rankings, 0 are there: rank answers at http://127.0.0.1:7861"
+    assert newest()["state"]["message"] == message
+    assert toy.starts() == ["prepare"]
+    resume = f"{served}/flow_runs/{newest()['id']}/resume"
+    urllib.request.urlopen(urllib.request.Request(resume, b"{}", {"Content-Type": "application/json"})).close()
+    output, _ = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == 0, output
+    assert newest()["state"]["type"] == "COMPLETED"
+    assert toy.starts() == ["prepare", "feedback", "reward"]

@@ -1,13 +1,11 @@
 """The page of `lifecycle report`: its pictures, what it says, without files too, and in a browser."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 import browser
@@ -17,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import Toy, build
 
-from flows import charts, findings, page, pipeline
+from flows import charts, findings, page, page_parts, pipeline
 from flows.charts import Dot, Line, Span
 from flows.graph_picture import Box, direct, layers, picture
 from tasks.stage import tracking
@@ -174,7 +172,7 @@ def test_markdown_takes_pictures_in_and_html_not(tmp_path: Path) -> None:
         f"# Title\n\n{HOSTILE}\n\n![a & b](a.png) ![gone](b.png) ![out](../../outside.png) ![web](http://x.org/x.png)"
         "\n\n| a | b |\n| --- | ---: |\n| 1 | <b> |\n\n- one\n\n    code <i>\n\n[x](javascript:alert(1))\n"
     )
-    found = page.markdown(text, inside, tmp_path / "root")
+    found = page_parts.markdown(text, inside, tmp_path / "root")
     assert 'alt="a &amp; b" src="data:image/png;base64,cGljdHVyZQ=="' in found
     assert found.count("<img") == 1
     assert "<h3>Title</h3>" in found and "<td>1</td>" in found and "<li>" in found
@@ -404,18 +402,6 @@ def test_a_run_ends_with_the_page_and_does_not_fail_for_it(tmp_path: Path) -> No
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    program = browser.found()
-    if program is None:
-        problem = "no Chromium here: tests/install_browser installs one on Debian, for root"
-        if "CI" in os.environ:
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with browser.started(program, tmp_path_factory.mktemp("chromium")) as started:
-        yield started
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

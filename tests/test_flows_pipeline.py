@@ -111,6 +111,7 @@ def test_a_plan_names_what_is_due_and_what_may_follow(toy: Toy) -> None:
     run = plan(toy.root)
     assert (run.title, run.due) == ("a +2", {"a", "b", "c"})
     assert plan(toy.root, ["b"]).due == {"a", "b"}
+    assert set(plan(toy.root, ["b"], alone=True).stages) == {"b"}
     forced = plan(toy.root, ["b"], force=True)
     assert (forced.forced, forced.title) == ({"b"}, "a, b (forced)")
     assert list(forced.stages) == ["a", "b"]

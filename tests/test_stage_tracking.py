@@ -20,10 +20,10 @@ import pytest
 
 from tasks.stage import recorder as recorder_module
 from tasks.stage.files import write_text
-from tasks.stage.lock import holder
+from tasks.stage.lock import Lock, holder
 from tasks.stage.recorder import Recorder
 from tasks.stage.secrets import is_secret_name, redact
-from tasks.stage.tracking import end_parent, link, start_parent, tag_committed, upload
+from tasks.stage.tracking import Stages, end_parent, link, start_parent, tag_committed, upload
 
 TOY = """
 import time
@@ -55,12 +55,14 @@ def toy(params, context):
 if __name__ == "__main__":
     run_stage("toy", Params, toy, torch=False)
 """
+SECONDS = 120
 TOKEN = "hf_" + "Secret42" * 4
 PARAMS = f"""\
 seed: 5
 compute: {{device: auto, precision: auto, threads: null}}
 toy: {{steps: 3, hub_token: {TOKEN}, source: "https://me:hunter2@example.org/rows"}}
 """
+OF_MLFLOW = pytest.mark.filterwarnings("ignore")  # what MLflow warns of when it is called in this process
 GRAPH = "stages:\n  toy:\n    cmd: python -m toy\n    params: [seed, compute, toy]\n"
 
 
@@ -90,12 +92,12 @@ def start_stage(workspace: Path, **environment: str) -> subprocess.Popen[str]:
 
 def run_stage(workspace: Path, **environment: str) -> str:
     process = start_stage(workspace, **environment)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors
     return errors
 
 
-def until(condition: Any, seconds: float = 30) -> None:
+def until(condition: Any, seconds: float = SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -125,9 +127,15 @@ def spooled(workspace: Path) -> list[str]:
 
 
 def test_a_pipeline_and_its_stage_are_recorded_whole(workspace: Path, mlflow_store: str) -> None:
+    """The stage's own sender has no server to speak to: the pipeline's sends for it."""
     parent = start_parent("lifecycle", {"prefect.flow_run_id": "flow-1"})
+    until(lambda: holder(parent.folder / "sender"))
     errors = run_stage(
-        workspace, LIFECYCLE_PARENT_RUN_ID=parent.id, LIFECYCLE_FLOW_RUN_ID="flow-1", LIFECYCLE_ATTEMPT="2"
+        workspace,
+        LIFECYCLE_PARENT_RUN_ID=parent.id,
+        LIFECYCLE_FLOW_RUN_ID="flow-1",
+        LIFECYCLE_ATTEMPT="2",
+        MLFLOW_TRACKING_URI=f"http://127.0.0.1:{closed_port()}",
     )
     assert errors == ""
     stage = last(workspace)
@@ -179,6 +187,61 @@ def test_a_pipeline_and_its_stage_are_recorded_whole(workspace: Path, mlflow_sto
     assert params["source"] == "https://example.org/rows"
 
 
+class Pipeline:
+    """A pipeline's run whose sender is the process of the tests."""
+
+    def __init__(self) -> None:
+        self.run = Recorder("lifecycle", {})
+        self.sender = Lock(self.run.folder / "sender")
+        self.sender.acquire()
+        self.stages = Stages(self.run.folder)
+
+    def send_until_the_end_of(self, process: subprocess.Popen[str]) -> str:
+        """What the stage said."""
+        until(lambda: self.stages.step() or process.poll() is not None)
+        return process.communicate(timeout=SECONDS)[1]
+
+
+@OF_MLFLOW
+def test_a_killed_stage_is_recorded_as_killed_by_its_pipeline(workspace: Path, mlflow_store: str) -> None:
+    pipeline = Pipeline()
+    (workspace / "hold").touch()
+    process = start_stage(workspace, LIFECYCLE_PARENT_RUN_ID=pipeline.run.id)
+    until((workspace / "ready").exists)
+    until(lambda: list(workspace.glob(".work/spool/toy-*/left_to")))
+    os.killpg(process.pid, signal.SIGKILL)  # its own sender, too
+    assert pipeline.send_until_the_end_of(process) == ""
+    until(lambda: pipeline.stages.step() or not list(workspace.glob(".work/spool/toy-*")))
+    assert sorted(runs(mlflow_store)) == [("lifecycle", "RUNNING"), ("toy", "KILLED")]
+
+
+@OF_MLFLOW
+def test_what_a_pipeline_cannot_send_is_told_by_the_stage_and_arrives_later_once(
+    workspace: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline()
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{closed_port()}")
+        errors = pipeline.send_until_the_end_of(start_stage(workspace, LIFECYCLE_PARENT_RUN_ID=pipeline.run.id))
+    assert len(errors.splitlines()) == 1
+    assert "Connection refused" in errors and "`lifecycle upload` sends it later" in errors
+    assert "hunter2" not in errors
+    assert (last(workspace)["exit_code"], last(workspace)["mlflow_run_id"]) == (0, None)
+    assert upload().sent == [last(workspace)["recording"]]
+    assert sorted(runs(mlflow_store)) == [("lifecycle", "RUNNING"), ("toy", "FINISHED")]
+
+
+def test_a_stage_whose_pipeline_no_longer_sends_sends_by_itself(workspace: Path, mlflow_store: str) -> None:
+    pipeline = Pipeline()
+    process = start_stage(workspace, LIFECYCLE_PARENT_RUN_ID=pipeline.run.id)
+    until(lambda: list(workspace.glob(".work/spool/toy-*/left_to")))
+    assert rows(mlflow_store, "select name from runs") == []
+    pipeline.sender.release()
+    assert process.communicate(timeout=SECONDS)[1] == ""
+    assert sorted(runs(mlflow_store)) == [("lifecycle", "RUNNING"), ("toy", "FINISHED")]
+    assert spooled(workspace) == [pipeline.run.id]
+
+
 def test_with_the_server_down_the_stage_is_the_same_and_the_run_arrives_later_once(
     workspace: Path, mlflow_store: str
 ) -> None:
@@ -208,19 +271,21 @@ def test_a_killed_stage_is_recorded_as_killed_by_its_sender(workspace: Path, mlf
     process = start_stage(workspace)
     until((workspace / "ready").exists)
     process.kill()
-    process.communicate(timeout=30)  # returns when the sender, which holds the same pipe, is gone
+    process.communicate(timeout=SECONDS)  # returns when the sender, which holds the same pipe, is gone
     assert runs(mlflow_store) == [("toy", "KILLED")]
     assert spooled(workspace) == []
 
 
+@OF_MLFLOW
 def test_a_stop_request_is_recorded_as_killed(workspace: Path, mlflow_store: str) -> None:
+    pipeline = Pipeline()
     (workspace / "hold").touch()
-    process = start_stage(workspace)
+    process = start_stage(workspace, LIFECYCLE_PARENT_RUN_ID=pipeline.run.id)
     until((workspace / "ready").exists)
     os.killpg(process.pid, signal.SIGTERM)  # the sender hears it too, and stays
-    process.communicate(timeout=30)
+    pipeline.send_until_the_end_of(process)
     assert process.returncode == 143
-    assert runs(mlflow_store) == [("toy", "KILLED")]
+    assert sorted(runs(mlflow_store)) == [("lifecycle", "RUNNING"), ("toy", "KILLED")]
     assert last(workspace)["mlflow_run_id"] is not None
 
 
@@ -513,7 +578,7 @@ def test_a_server_that_dies_while_the_stage_runs_costs_nothing(workspace: Path, 
     until(lambda: server.runs)
     server.requests_left = 0
     (workspace / "hold").unlink()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
     assert len(errors.splitlines()) == 1
     assert "lifecycle upload" in errors

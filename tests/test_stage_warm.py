@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lm_stages import WARM
 from toy import until
 
 from tasks.stage import warm
@@ -46,15 +48,24 @@ def body(params, context):
 if __name__ == "__main__":
     run_stage("toy", Params, body)
 """
+HOST = """
+import sys
+import tasks.stage.warm as warm
+
+warm.LIBRARIES = ("torch",)
+forked = warm.serve("\\0" + sys.argv[1], int(sys.argv[2]))
+if forked is not None:
+    warm.become(*forked)
+"""
 SHARED = "seed: 5\ncompute: {device: cpu, precision: auto, threads: 1}\n"
 SECONDS = 60
 
 
 class Folder:
-    """A folder with a stage in it, which the host of `runner` starts."""
+    """A folder with a stage in it, which the host of this test session starts."""
 
-    def __init__(self, path: Path, runner: int) -> None:
-        self.path, self.runner = path, runner
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.write(1)
         (path / "dvc.yaml").write_text("stages: {toy: {cmd: python -m toy, params: [seed, compute, toy]}}")
 
@@ -63,7 +74,7 @@ class Folder:
 
     def start(self, does: str, **extra: str) -> subprocess.Popen[str]:
         (self.path / "params.yaml").write_text(f"{SHARED}toy: {{does: {does}}}\n")
-        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(self.runner), **extra}
+        environment = {**os.environ, "LIFECYCLE_TRACKING": "off", **WARM, **extra}
         command = [sys.executable, "-W", "ignore", "-m", "toy"]
         return subprocess.Popen(
             command, cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -91,15 +102,9 @@ def runs() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-@pytest.fixture(scope="module")
-def runner() -> Iterator[int]:
-    with runs() as process:
-        yield process.pid
-
-
 @pytest.fixture
-def folder(tmp_path: Path, runner: int) -> Folder:
-    return Folder(tmp_path, runner)
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
 
 
 def test_it_is_forked_and_finds_what_it_would_find_by_itself(folder: Folder) -> None:
@@ -147,7 +152,7 @@ def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder) -> No
     starter = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run([{sys.executable!r}, '-m', 'toy'])"],
         cwd=folder.path,
-        env={**os.environ, "LIFECYCLE_TRACKING": "off", warm.VARIABLE: str(folder.runner)},
+        env={**os.environ, "LIFECYCLE_TRACKING": "off", **WARM},
     )
     (folder.path / "params.yaml").write_text(f"{SHARED}toy: {{does: wait}}\n")
     until((folder.path / "begun").exists, "its beginning")
@@ -160,18 +165,25 @@ def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder) -> No
 
 def test_an_interpreter_that_is_set_otherwise_starts_by_itself(folder: Folder, tmp_path: Path) -> None:
     folder.run("good")
-    found, _ = folder.run("good", PYTHONPATH=str(tmp_path))
+    found, _ = folder.run("good", PYTHONPATH=f"{WARM['PYTHONPATH']}{os.pathsep}{tmp_path}")
     assert "tasks.stage.warm" not in str(found["parent"])
 
 
 def test_the_host_ends_with_the_runner(folder: Folder) -> None:
+    """A host as any other, but for the time that it takes to import more than torch."""
     with runs() as runner:
-        folder.run("good", **{warm.VARIABLE: str(runner.pid)})
-        (host,) = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if process.info["cmdline"] and process.info["cmdline"][-1:] == [str(runner.pid)]
-        ]
-    until(lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE, "its end")
+        address = f"lifecycle-{os.getuid()}-{runner.pid}"
+        command = [sys.executable, "-W", "ignore", "-c", HOST, address, str(runner.pid)]
+        host = subprocess.Popen(command, env={**os.environ, **WARM})
+        until(lambda: listens(address), "the host")
+        found, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})
+        assert "tasks.stage.warm" in str(found["parent"])
+        assert host.poll() is None
+    assert host.wait(SECONDS) == 0
     again, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})
     assert "tasks.stage.warm" not in str(again["parent"])
+
+
+def listens(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        return asking.connect_ex(f"\0{address}") == 0

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import tasks
+from flows import pipeline
+from flows.run import Run, plan
 
 CHILD_SECONDS = 120
 DVC_CONFIG = """\
@@ -124,6 +127,18 @@ class Toy:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
+    def settle(self, **harm: str) -> Run:
+        """Bring the repository up to date in this process and without Prefect; its children get `harm` too."""
+        with pytest.MonkeyPatch.context() as patch:
+            site_cache = {"DVC_SITE_CACHE_DIR": str(self.root / ".work" / "dvc")}
+            for name, value in self.environment(site_cache | harm).items():
+                patch.setenv(name, value)
+            pipeline.mend(self.root)
+            run = plan(self.root)
+            run.settle_rest()
+            run.close()
+        return run
+
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": "off", "OMP_NUM_THREADS": "1", **extra}
@@ -185,7 +200,16 @@ def build(
     (root / ".work").mkdir()
     (root / ".dvc" / "config").write_text(DVC_CONFIG)
     (root / ".dvcignore").write_text("__pycache__/\n.work/\n")
-    (root / ".gitignore").write_text("__pycache__/\n.work/\n/data/\n.dvc/tmp\n.dvc/cache\n.dvc/storage\n")
+    ignored = (
+        "__pycache__/",
+        ".work/",
+        "/data/",
+        ".dvc/tmp",
+        ".dvc/cache",
+        ".dvc/storage",
+        ".dvc/config.local",
+    )
+    (root / ".gitignore").write_text("".join(f"{path}\n" for path in ignored))
     (root / "tasks" / "__init__.py").write_text(PACKAGE)
     (root / "tasks" / "behaviour.py").write_text(BEHAVIOUR)
     stages = {}
@@ -206,6 +230,17 @@ def build(
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     return Toy(root, graph)
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    """What a process has printed, up to the line that has `text`; fail when it ends before."""
+    assert process.stdout is not None
+    seen = ""
+    while text not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    return seen
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:

@@ -5,12 +5,16 @@
 Sending is replaying the spool: every step may be repeated without a second effect, so a run that was sent
 halfway, or twice, is there once. Which server is asked, and as whom, comes from MLflow's own environment
 variables alone.
+
+MLflow's client takes seconds of a core to load. So the sender of a pipeline's run sends the runs of its stages
+too: their own senders leave it to that one while it lives, and only wait for its answer.
 """
 
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.stage.errors import one_line, say
+from tasks.stage.errors import TryAgain, one_line, say
+from tasks.stage.files import write_json
 from tasks.stage.lock import Lock, holder
 from tasks.stage.recorder import SPOOL, Recorder, Status, numbers
 from tasks.stage.secrets import redact
@@ -29,6 +34,8 @@ from tasks.stage.secrets import redact
 DEFAULT_STORE = "sqlite:///mlflow.db"
 DEFAULT_EXPERIMENT = "lifecycle"
 RECORDING = "lifecycle.recording"  # the tag by which a run that was sent before is found again
+LEFT = "left_to"  # in the folder of a stage's run: which pipeline's sender shall send it
+ANSWERS = "answers"  # in the folder of a pipeline's run: what became of them
 POINTS_AT_ONCE = 1000  # MLflow's own limits for one batch
 PARAMS_AT_ONCE = 100
 PARAM_LENGTH = 6000
@@ -66,6 +73,18 @@ def tag_committed(parent: Recorder, recording: str, outs: Mapping[str, str], com
     """Tag a stage's run, named by its recording's id, with the hashes of the outputs that DVC has committed."""
     tags = {f"dvc.out.{path}": digest for path, digest in outs.items()}
     parent.tag_run(recording, tags | ({"git.commit": commit} if commit else {}))
+
+
+def prepare_store(root: Path) -> str:
+    """The address of the store for processes that run in other folders. The experiment is made in it from here,
+    since that is where the files of runs will lie. A store that does not answer now is no fault: runs are kept.
+    """
+    wanted = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+    if (file := wanted.removeprefix("sqlite:///")) != wanted:
+        wanted = f"sqlite:///{root / file}"
+    with _quiet(), suppress(Exception):
+        _experiment(_client())
+    return wanted
 
 
 # --- later
@@ -141,10 +160,7 @@ def known(ids: Iterable[str]) -> dict[str, tuple[dict[str, float], dict[str, str
 
     Raises whatever MLflow raises for a store that does not answer. A local store is not made for this.
     """
-    if (
-        not os.environ.get("MLFLOW_TRACKING_URI")
-        and not Path(DEFAULT_STORE.removeprefix("sqlite:///")).exists()
-    ):
+    if _no_store():
         return {}
     with _quiet():
         client = _client()
@@ -160,6 +176,87 @@ def known(ids: Iterable[str]) -> dict[str, tuple[dict[str, float], dict[str, str
             else:
                 found[run_id] = (dict(data.metrics), dict(data.tags))
         return found
+
+
+def _no_store() -> bool:
+    """Whether runs would go to a local store that was never made."""
+    return (
+        not os.environ.get("MLFLOW_TRACKING_URI")
+        and not Path(DEFAULT_STORE.removeprefix("sqlite:///")).exists()
+    )
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run that the store has."""
+
+    id: str
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+def runs_by_id(start: str) -> list[KnownRun]:
+    """The runs whose ids begin with `start`. Raises TryAgain when the store does not answer."""
+    if _no_store():
+        return []
+    with _asked() as client:
+        found = client.search_runs([_experiment(client)], f"attributes.run_id LIKE '{start}%'", max_results=10)
+        return [
+            KnownRun(
+                each.info.run_id,
+                each.info.run_name or "run",
+                dict(each.data.params),
+                dict(each.data.metrics),
+                dict(each.data.tags),
+            )
+            for each in found
+        ]
+
+
+def params_of_stages(pipeline: KnownRun) -> dict[str, str]:
+    """SECTION.KEY → text, from the runs of the stages that a pipeline's run is linked to; for pipelines that
+    were recorded without params of their own. Raises TryAgain when the store does not answer."""
+    found: dict[str, str] = {}
+    with _asked() as client:
+        for tag, run in pipeline.tags.items():
+            if linked := re.fullmatch(r"stage\.(.+)\.run_id", tag):
+                for key, value in client.get_run(run).data.params.items():
+                    shared = key.partition(".")[0] in ("seed", "compute")
+                    found[key if shared else f"{linked[1]}.{key}"] = value
+    return found
+
+
+def newest_run(tags: Mapping[str, str]) -> str | None:
+    """The id of the newest run with these tags, or None. Raises TryAgain when the store does not answer."""
+    if _no_store():
+        return None
+    with _asked() as client:
+        return find_run(client, tags)
+
+
+def share_view(key: str, state: Mapping[str, Any]) -> str | None:
+    """Keep a view of the runs page (search, columns, charts) under a key that its address names, as the "Share"
+    of the UI does. Gives the experiment's id; None when there is no store. Raises TryAgain."""
+    if _no_store():
+        return None
+    with _asked() as client:
+        experiment = _experiment(client)
+        client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(state))
+        return experiment
+
+
+@contextmanager
+def _asked() -> Iterator[Any]:
+    """A client for a question. Raises TryAgain when the store does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _quiet():
+            yield _client()
+    except MlflowException as error:
+        raise TryAgain(f"the tracking store {address()} refuses: {_reason(error)}") from error
 
 
 # --- one run
@@ -408,29 +505,110 @@ def _read_text(file: Path) -> str:
 # --- the sender of a running stage
 
 
+class Following:
+    """Sends one run while it is written: tries again after a failure, and for a while after the run's end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sending = Sending(folder)
+        self.problem: str | None = None  # why it could not be sent, the first time
+        self._next_try, self._give_up = 0.0, math.inf
+
+    @property
+    def over(self) -> bool:
+        """Whether all is sent, or what is left is kept for later."""
+        return self.sending.done or time.monotonic() >= self._give_up
+
+    def step(self) -> None:
+        """Send what is new, if there is anything and it is time."""
+        waiting = self.sending.look()
+        if self.sending.ended and self._give_up == math.inf:
+            self._next_try, self._give_up = 0.0, time.monotonic() + SECONDS_AFTER_END
+        if not waiting or time.monotonic() < self._next_try:
+            return
+        try:
+            self.sending.send()
+            self._next_try = time.monotonic() + SECONDS_BETWEEN_SENDS
+        except Exception as error:  # whatever a client may raise must not end the work
+            self.problem = self.problem or _kept_for_later(self.sending.folder, error)
+            self._next_try = time.monotonic() + (
+                SECONDS_BETWEEN_SENDS if self.sending.ended else SECONDS_AFTER_FAILURE
+            )
+
+
 def follow(folder: Path, writer: int) -> str | None:
     """Send the run in `folder` while our parent `writer` writes it; give its MLflow id once all is sent."""
-    sending = Sending(folder)
-    next_try, give_up, warned = 0.0, math.inf, False
-    while not sending.done and time.monotonic() < give_up:
+    own, stages, warned = Following(folder), Stages(folder), False
+    while not own.over:
         if os.getppid() != writer:
-            sending.end_if_killed()
-        waiting = sending.look()
-        if sending.ended and give_up == math.inf:
-            next_try, give_up = 0.0, time.monotonic() + SECONDS_AFTER_END
-        if waiting and time.monotonic() >= next_try:
-            try:
-                sending.send()
-                next_try = time.monotonic() + SECONDS_BETWEEN_SENDS
-            except Exception as error:  # whatever a client may raise must not end the work
-                if not warned:
-                    say(_kept_for_later(folder, error))
-                    warned = True
-                next_try = time.monotonic() + (
-                    SECONDS_BETWEEN_SENDS if sending.ended else SECONDS_AFTER_FAILURE
-                )
+            own.sending.end_if_killed()
+        stages.step()
+        own.step()
+        if own.problem is not None and not warned:
+            say(own.problem)
+            warned = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    return sending.run_id if sending.done else None
+    return own.sending.run_id if own.sending.done else None
+
+
+class Stages:
+    """The runs of a pipeline's stages that were left to the sender of the pipeline's own run in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: dict[Path, tuple[Following, Lock]] = {}
+
+    def step(self) -> None:
+        """Send what is new of each, and answer those that are over."""
+        self._find()
+        for folder, (following, lock) in list(self._running.items()):
+            if holder(folder / "writer") is None:
+                following.sending.end_if_killed()
+            following.step()
+            if following.over:
+                del self._running[folder]
+                sent = following.sending.run_id if following.sending.done else None
+                answer = {"run_id": sent, "problem": following.problem}
+                (folder / LEFT).unlink(missing_ok=True)
+                with suppress(OSError):  # on a full disk the stage waits no longer than it would for a server
+                    write_json(self._folder / ANSWERS / f"{folder.name}.json", answer)
+                lock.release()
+
+    def _find(self) -> None:
+        for mark in self._folder.parent.glob(f"[!.]*/{LEFT}"):
+            lock = Lock(mark.with_name("sender"))
+            if mark.parent not in self._running and _read_text(mark) == self._folder.name and lock.acquire():
+                self._running[mark.parent] = Following(mark.parent), lock
+
+
+def leave(folder: Path, pipeline: Path, writer: int) -> str | None:
+    """Leave the run in `folder` to the sender of `pipeline`, and give its MLflow id once all is sent.
+
+    When that sender is gone before it has answered, the run is sent from here.
+    """
+    (folder / LEFT).write_text(pipeline.name, encoding="ascii")
+    answered = pipeline / ANSWERS / f"{folder.name}.json"
+    while not answered.exists():
+        if holder(pipeline / "sender") is None:
+            return _send_alone(folder, writer)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    answer = json.loads(answered.read_text(encoding="utf-8"))
+    if answer["problem"] is not None:
+        say(answer["problem"])
+    return None if answer["run_id"] is None else str(answer["run_id"])
+
+
+def _send_alone(folder: Path, writer: int) -> str | None:
+    """As `follow`, and the runs that were killed before us are ended."""
+    if not folder.is_dir():
+        return None  # all of it was sent, but who did so is gone
+    lock = Lock(folder / "sender")
+    lock.acquire()
+    (folder / LEFT).unlink(missing_ok=True)
+    run_id = follow(folder, writer)
+    if run_id is not None and os.getppid() == writer:
+        with suppress(Exception):  # `lifecycle upload` would say why
+            _end_killed_runs(folder.parent)
+    return run_id
 
 
 def _kept_for_later(folder: Path, error: Exception) -> str:
@@ -460,14 +638,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _main(folder: Path, writer: int) -> None:
-    lock = Lock(folder / "sender")
-    lock.acquire()
+    parent = _start_event(folder).get("parent")
     with _quiet():
-        run_id = follow(folder, writer)
-        if run_id is not None and os.getppid() == writer:
-            sys.stdout.write(run_id)
-            with suppress(Exception):  # `lifecycle upload` would say why
-                _end_killed_runs(folder.parent)
+        if parent is not None and holder(folder.parent / parent / "sender") is not None:
+            run_id = leave(folder, folder.parent / parent, writer)
+        else:
+            run_id = _send_alone(folder, writer)
+    if run_id is not None and os.getppid() == writer:
+        sys.stdout.write(run_id)
     sys.stdout.flush()
     os._exit(0)  # the client's libraries take most of a second to leave, and the stage waits
 

@@ -1,0 +1,1 @@
+"""Rankings by people: what they are shown, what they said, and how far they agree."""

@@ -1,0 +1,56 @@
+"""A Prefect server for the tests, and what it has on record."""
+
+import json
+import os
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Event
+from typing import Any, Self
+
+import pytest
+
+from flows import processes, server
+
+
+class PrefectServer:
+    """A server with its records in `home`; it may be killed and started again where it was."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        (folder / ".work").mkdir(exist_ok=True)
+        self.folder, self.home, self.port = folder, home, server.free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_HOME", str(self.home))
+            self.process = server.start(self.folder, self.port, "--no-ui")
+        server.await_start(self.url, self.process, Event(), seconds=300)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process is not None
+        processes.end_group(self.process, seconds=5)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
+    """What the server has on record, newest first."""
+    found: list[dict[str, Any]] = post(url, f"{what}/filter", conditions)
+    return sorted(found, key=lambda each: str(each["created"]), reverse=True)
+
+
+def post(url: str, what: str, body: Mapping[str, Any]) -> Any:
+    """The answer of the server to a POST. Raises urllib.error.HTTPError for one that it refuses."""
+    request = urllib.request.Request(
+        f"{url}/{what}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
