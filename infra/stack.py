@@ -32,7 +32,7 @@ from flows.processes import end_group
 from infra import settings
 
 INFRA = Path(__file__).parent
-UNPRIVILEGED = "nobody"  # PostgreSQL does not run as root
+OWNER = "postgres"  # the user that Debian makes for it: PostgreSQL does not run as root
 SECONDS_TO_START = 180
 SECONDS_BETWEEN_LOOKS = 0.1
 VARIABLE = re.compile(r"\$\{(\w+)(?::\?|:-([^}]*))?\}")
@@ -69,7 +69,7 @@ class Stack:
     def start_postgres(self) -> None:
         """Start PostgreSQL; the first time, make its cluster, the roles and the databases."""
         programs = postgres_programs()
-        cluster, owner = self.folder / "postgres", UNPRIVILEGED if os.geteuid() == 0 else None
+        cluster, owner = self.folder / "postgres", OWNER if os.geteuid() == 0 else None
         environment = self.environment("postgres")
         new = not cluster.exists()
         if new:
