@@ -29,6 +29,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@infra/audit
 
 test: check
 	$(BIN)/python -m pytest -n 2

@@ -10,10 +10,12 @@ import base64
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 INFRA = Path(__file__).parent
+PORTS = ("5443", "4443", "8443")  # of the proxy, for MLflow, Prefect and the store
 MADE = (
     "POSTGRES_PASSWORD",
     "PREFECT_DATABASE_PASSWORD",
@@ -35,8 +37,9 @@ def ensure(file: Path) -> dict[str, str]:
         "LIFECYCLE_UID": str(os.getuid()),
         "LIFECYCLE_GID": str(os.getgid()),
     }  # whose files the worker writes
-    login = base64.b64encode(f"admin:{(known | made)['PREFECT_PASSWORD']}".encode()).decode()
-    settings = owner | known | made | {"PREFECT_LOGIN": login}
+    account = f"admin:{(known | made)['PREFECT_PASSWORD']}"
+    forms = {"PREFECT_AUTH_STRING": account, "PREFECT_LOGIN": base64.b64encode(account.encode()).decode()}
+    settings = owner | known | made | forms
     if settings != known:
         write_private(file, "".join(f"{name}={value}\n" for name, value in settings.items()))
     return settings
@@ -58,20 +61,31 @@ def write_private(file: Path, text: str) -> None:
     new.replace(file)
 
 
-def client(
-    settings: Mapping[str, str], mlflow: str, prefect: str, store: str, authorities: Path | None
-) -> dict[str, str]:
-    """The environment in which MLflow, Prefect and DVC reach the servers at these addresses.
+class Addresses(NamedTuple):
+    """Where clients find the servers: https://HOST:PORT."""
+
+    mlflow: str
+    prefect: str
+    store: str
+
+
+def addresses(host: str, ports: Sequence[str]) -> Addresses:
+    """The addresses of the proxy's ports: those of MLflow, Prefect and the store."""
+    return Addresses(*[f"https://{host}:{port}" for port in ports])
+
+
+def client(settings: Mapping[str, str], servers: Addresses, authorities: Path | None) -> dict[str, str]:
+    """The environment in which MLflow, Prefect and DVC reach the servers.
 
     `authorities` is a file of certificates to trust, for servers whose certificate the system does not know.
     """
     environment = {
-        "MLFLOW_TRACKING_URI": mlflow,
+        "MLFLOW_TRACKING_URI": servers.mlflow,
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": settings["MLFLOW_ADMIN_PASSWORD"],
-        "PREFECT_API_URL": f"{prefect}/api",
-        "PREFECT_API_AUTH_STRING": f"admin:{settings['PREFECT_PASSWORD']}",
-        "AWS_ENDPOINT_URL_S3": store,
+        "PREFECT_API_URL": f"{servers.prefect}/api",
+        "PREFECT_API_AUTH_STRING": settings["PREFECT_AUTH_STRING"],
+        "AWS_ENDPOINT_URL_S3": servers.store,
         "AWS_ACCESS_KEY_ID": "dvc",
         "AWS_SECRET_ACCESS_KEY": settings["STORE_DVC_SECRET"],
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -80,6 +94,11 @@ def client(
         names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "PREFECT_API_SSL_CERT_FILE")
         environment |= dict.fromkeys(names, str(authorities))
     return environment
+
+
+def write_client(file: Path, environment: Mapping[str, str]) -> None:
+    """Write an environment as a file for a shell to read."""
+    write_private(file, "".join(f"export {name}={value}\n" for name, value in environment.items()))
 
 
 def bundle(authority: Path, file: Path) -> Path:
@@ -96,11 +115,7 @@ def main(arguments: list[str]) -> None:
         host = settings.get("LIFECYCLE_HOST", "localhost")
         authority = INFRA / "certificates" / "authority.crt"
         trusted = bundle(authority, authority.with_name("bundle.crt")) if authority.is_file() else None
-        addresses = (f"https://{host}:{port}" for port in (5443, 4443, 8443))
-        environment = client(settings, *addresses, authorities=trusted)
-        write_private(
-            INFRA / "client.env", "".join(f"export {name}={value}\n" for name, value in environment.items())
-        )
+        write_client(INFRA / "client.env", client(settings, addresses(host, PORTS), trusted))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ class Stack:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         authority = folder / "caddy" / "caddy" / "pki" / "authorities" / "local" / "root.crt"
         self._authority, self._trusted = authority, folder / "authorities.crt"
-        self.client = settings.client(
-            self.settings, *(f"https://localhost:{port}" for port in self.outside.values()), self._trusted
-        )
+        servers = settings.addresses("localhost", tuple(self.outside.values()))
+        self.client = settings.client(self.settings, servers, self._trusted)
 
     def start(self) -> None:
         """Start everything, on the databases that are in the folder, or on new ones."""
@@ -79,8 +79,8 @@ class Stack:
             if owner:
                 shutil.chown(cluster, owner)
                 shutil.chown(password, owner)
-            options = ("--auth=scram-sha-256", "--username=postgres", f"--pwfile={password}", "--encoding=UTF8")
-            _call([str(programs / "initdb"), *options, str(cluster)], environment, self.folder, owner)
+            manner = ("--auth=scram-sha-256", "--username=postgres", f"--pwfile={password}", "--encoding=UTF8")
+            _call([str(programs / "initdb"), *manner, str(cluster)], environment, self.folder, owner)
             password.unlink()
         port = self.addresses["postgres:5432"].partition(":")[2]
         options = ("-h", "127.0.0.1", "-p", port, "-c", "unix_socket_directories=")
@@ -114,8 +114,8 @@ class Stack:
         self._await("proxy", self._authority.is_file)
         settings.bundle(self._authority, self._trusted)
         context = ssl.create_default_context(cafile=str(self._trusted))
-        for port in (self.outside["MLFLOW_PORT"], self.outside["PREFECT_PORT"]):
-            self._await("proxy", lambda port=port: _answers(f"https://localhost:{port}/", context))
+        for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+            self._await("proxy", partial(_answers, self.client[name], context))
 
     def stop(self, *names: str) -> None:
         """Stop these, or all, the last one started first."""
@@ -270,21 +270,30 @@ def _free_ports(number: int) -> list[int]:
             probe.close()
 
 
-def main(folder: Path) -> None:
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1:
+        raise SystemExit(
+            "python -m infra.stack FOLDER: name the folder in which the servers keep what they hold"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve(Path(arguments[0]).resolve())
+    except KeyboardInterrupt:
+        sys.stderr.write("all have ended\n")
+
+
+def serve(folder: Path) -> None:
+    """Start the servers, say where they are, and end them at KeyboardInterrupt."""
     with started(folder) as stack:
         file = stack.folder / "client.env"
-        settings.write_private(
-            file, "".join(f"export {name}={value}\n" for name, value in stack.client.items())
+        settings.write_client(file, stack.client)
+        sys.stdout.write(
+            f"MLflow   {stack.client['MLFLOW_TRACKING_URI']}\nPrefect  {stack.client['PREFECT_API_URL']}\n"
+            f"for clients: . {file}\nCtrl-C ends all\n"
         )
-        addresses: list[Any] = [stack.client["MLFLOW_TRACKING_URI"], stack.client["PREFECT_API_URL"]]
-        sys.stdout.write(f"MLflow   {addresses[0]}\nPrefect  {addresses[1]}\nfor clients: . {file}\n")
-        sys.stdout.write("Ctrl-C ends all\n")
         sys.stdout.flush()
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            sys.stderr.write("ending all\n")
+        signal.pause()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(sys.argv[1:])

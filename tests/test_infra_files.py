@@ -3,17 +3,24 @@
 import base64
 import itertools
 import json
+import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import kubernetes_validate
 import pytest
 import yaml
+from prefect.utilities.templating import apply_values
 
 from infra import settings
 from infra.stack import VARIABLE
@@ -23,10 +30,15 @@ COMPOSE: dict[str, Any] = yaml.safe_load((INFRA / "compose.yaml").read_text(enco
 TEMPLATE: dict[str, Any] = json.loads(
     (INFRA / "kubernetes" / "base-job-template.json").read_text(encoding="utf-8")
 )
+DOCKER_TEMPLATE: dict[str, Any] = json.loads((INFRA / "docker-job-template.json").read_text(encoding="utf-8"))
 ONCE = {"keeper"}
 SECRET = re.compile(r"PASSWORD|SECRET|KEY$|TOKEN|LOGIN|AUTH_STRING|CONNECTION_URL|STORE_URI")
+NAMES_A_SECRET = re.compile(r"ACCESS_KEY_ID$|^PREFECT_INTEGRATIONS_KUBERNETES_WORKER_\w+_SECRET_(NAME|KEY)$")
+KUBERNETES = ("1.31", "1.37")  # the first one in which jobs have a podFailurePolicy for good, and a new one
+PROGRAMS = Path(sys.executable).parent
 
 
+@cache
 def manifests() -> list[dict[str, Any]]:
     files = sorted((INFRA / "kubernetes").glob("*.yaml"))
     return [found for file in files for found in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
@@ -107,7 +119,7 @@ def test_networks_let_nobody_out_but_the_worker_and_the_proxy() -> None:
 def test_no_service_has_a_password_that_is_written_here_or_has_a_default() -> None:
     for name, service in COMPOSE["services"].items():
         for variable, value in service.get("environment", {}).items():
-            if SECRET.search(variable) and not variable.endswith("ACCESS_KEY_ID"):
+            if SECRET.search(variable) and not NAMES_A_SECRET.search(variable):
                 used = [found for found in VARIABLE.finditer(value) if found[0].endswith(":?}")]
                 assert used, f"{name}: {variable} is not taken from the settings"
     needed = {found[1] for found in VARIABLE.finditer((INFRA / "compose.yaml").read_text()) if ":?" in found[0]}
@@ -120,7 +132,8 @@ def test_the_settings_are_made_once_and_for_their_owner_alone(tmp_path: Path) ->
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert all(len(made[name]) == 48 for name in settings.MADE)
     assert len({made[name] for name in settings.MADE}) == len(settings.MADE)
-    assert base64.b64decode(made["PREFECT_LOGIN"]).decode() == f"admin:{made['PREFECT_PASSWORD']}"
+    assert made["PREFECT_AUTH_STRING"] == f"admin:{made['PREFECT_PASSWORD']}"
+    assert base64.b64decode(made["PREFECT_LOGIN"]).decode() == made["PREFECT_AUTH_STRING"]
     assert settings.ensure(file) == made
     assert settings.ensure(tmp_path / "other") != made
 
@@ -152,12 +165,36 @@ def test_the_image_gets_only_what_it_needs_and_runs_as_nobody_special(repository
     commands = [line.split(maxsplit=1) for line in lines if re.match(r"[A-Z]+ ", line)]
     assert commands[0][0] == "FROM"
     assert re.search(r":\d+\.\d+\.\d+-", commands[0][1])
-    assert [what for word, what in commands if word == "USER"] == ["lifecycle"]
+    assert [what for word, what in commands if word == "USER"] == ["1000"]
     assert not any(word == "ADD" for word, _ in commands)
     copied = itertools.chain.from_iterable(what.split()[:-1] for word, what in commands if word == "COPY")
     allowed = {line[1:] for line in (repository / ".dockerignore").read_text().splitlines() if line[0] == "!"}
     assert set(copied) == allowed
     assert all((repository / path).exists() for path in allowed)
+
+
+def test_hadolint_finds_no_fault_in_the_image() -> None:
+    done = subprocess.run(
+        [PROGRAMS / "hadolint", INFRA / "Dockerfile"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def rendered(template: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The job that a worker makes of a template, with the defaults of its variables."""
+    properties = template["variables"]["properties"]
+    defaults = {name: variable["default"] for name, variable in properties.items()}
+    found: dict[str, Any] = apply_values(template["job_configuration"], defaults | values)
+    return found
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_kubernetes_knows_each_field_of_each_manifest(version: str) -> None:
+    job = rendered(TEMPLATE, name="run", command=["prefect", "flow-run", "execute"], gpus=4)["job_manifest"]
+    for needless in ("parallelism", "completions"):  # Prefect's worker refuses a template without them
+        assert job["spec"]["template"]["spec"].pop(needless) == 1
+    for manifest in [*manifests(), job]:
+        kubernetes_validate.validate(manifest, version, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -170,18 +207,17 @@ def test_a_container_in_the_cluster_is_pinned_and_has_no_rights_and_no_passwords
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
     for variable in container.get("env", ()):
-        if SECRET.search(variable["name"]) and not variable["name"].endswith("ACCESS_KEY_ID"):
+        name_of = variable["name"]
+        if SECRET.search(name_of) and not NAMES_A_SECRET.search(name_of):
             secret = "secretKeyRef" in variable.get("valueFrom", {})
-            assert secret or re.search(r"\$\((PREFECT|MLFLOW)_\w*PASSWORD\)", variable["value"]), variable[
-                "name"
-            ]
+            assert secret or re.search(r"\$\((PREFECT|MLFLOW)_\w*PASSWORD\)", variable["value"]), name_of
 
 
 def test_every_secret_that_the_cluster_wants_is_made() -> None:
     wanted = set(re.findall(r"secretKeyRef: \{name: lifecycle, key: (\w+)\}", all_text()))
     jobs = {entry["valueFrom"]["secretKeyRef"]["key"] for entry in job()["env"] if "valueFrom" in entry}
-    assert wanted | jobs <= {*settings.MADE, "PREFECT_LOGIN"}
-    assert wanted | jobs >= set(settings.MADE)
+    forms = {"PREFECT_LOGIN", "PREFECT_AUTH_STRING"}  # of PREFECT_PASSWORD
+    assert wanted | jobs == {*settings.MADE, *forms} - {"PREFECT_PASSWORD"}
 
 
 def all_text() -> str:
@@ -235,9 +271,89 @@ def test_a_job_gets_its_gpus_its_memory_and_the_volume_on_which_a_preempted_one_
     assert TEMPLATE["variables"]["properties"]["claim"]["default"] in claims
 
 
-def test_every_variable_of_the_template_is_used_and_every_use_is_a_variable() -> None:
-    text = json.dumps(TEMPLATE["job_configuration"])
-    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(TEMPLATE["variables"]["properties"])
+def test_the_worker_writes_its_login_into_no_job_and_watches_its_own_namespace() -> None:
+    worker = next(found for path, found in containers() if path == "worker/worker")
+    environment = {entry["name"]: entry for entry in worker["env"]}
+    prefix = "PREFECT_INTEGRATIONS_KUBERNETES"
+    login = environment["PREFECT_API_AUTH_STRING"]["valueFrom"]["secretKeyRef"]
+    assert environment[f"{prefix}_WORKER_API_AUTH_STRING_SECRET_NAME"]["value"] == login["name"]
+    assert environment[f"{prefix}_WORKER_API_AUTH_STRING_SECRET_KEY"]["value"] == login["key"]
+    assert environment[f"{prefix}_OBSERVER_NAMESPACES"]["valueFrom"] == {
+        "fieldRef": {"fieldPath": "metadata.namespace"}
+    }
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, DOCKER_TEMPLATE], ids=["kubernetes", "docker"])
+def test_every_variable_of_a_template_is_used_and_every_use_is_a_variable(template: dict[str, Any]) -> None:
+    text = json.dumps(template["job_configuration"])
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(template["variables"]["properties"])
+
+
+def test_a_container_of_the_docker_pool_has_no_rights_and_takes_its_passwords_from_a_file() -> None:
+    container = rendered(DOCKER_TEMPLATE, workspace="/srv/ours")
+    assert container["image"] == COMPOSE["x-project-image"]["image"]
+    assert container["volumes"] == ["/srv/ours:/srv/ours"]
+    assert container["env"] == {}
+    assert shlex.split(container["command"])[:2] == ["sh", "-c"]
+    assert shlex.split(container["command"])[2].startswith(". infra/client.env && ")
+    more = container["container_create_kwargs"]
+    assert (more["working_dir"], more["cap_drop"], more["security_opt"]) == (
+        "/srv/ours", ["ALL"], ["no-new-privileges:true"]
+    )  # fmt: skip
+
+
+class Osv(BaseHTTPRequestHandler):
+    """Knows one hole, in one package."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"]["name"]
+        self.asked.append(name)
+        hole = {"id": "OSV-1", "affected": [{"package": {"name": name, "ecosystem": "PyPI"}, "ranges": []}]}
+        answer = json.dumps({"vulns": [hole]} if name == "holey" else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_audit_reports_known_holes_once_a_day_and_fails_for_none_and_without_network(
+    repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "infra").mkdir()
+    shutil.copy(repository / "infra" / "audit", tmp_path / "infra")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(PROGRAMS)
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("holey==1.0\nwhole==2.0\n")
+
+    def audit(address: str) -> str:
+        environment = {**os.environ, "LIFECYCLE_OSV": address}
+        done = subprocess.run(
+            [tmp_path / "infra" / "audit"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Osv) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/v1/query"
+        assert re.search(
+            r"Found 1 known vulnerability in 1 package\n.*\nholey +1\.0 +OSV-1", audit(address), re.S
+        )
+        assert Osv.asked == ["holey", "whole"]
+        assert "OSV-1" in audit(address)
+        assert Osv.asked == ["holey", "whole"]
+        server.shutdown()
+    lock.write_text("whole==2.0\n")
+    later = (tmp_path / ".work" / "audit.txt").stat().st_mtime + 1
+    os.utime(lock, (later, later))
+    assert audit(address) == (
+        "no audit of the packages: OSV did not answer (.work/audit.txt.new has the reason)\n"
+    )
 
 
 def test_kustomize_puts_it_all_together() -> None:
