@@ -288,8 +288,9 @@ def serve(folder: Path) -> None:
         file = stack.folder / "client.env"
         settings.write_client(file, stack.client)
         sys.stdout.write(
-            f"MLflow   {stack.client['MLFLOW_TRACKING_URI']}\nPrefect  {stack.client['PREFECT_API_URL']}\n"
-            f"for clients: . {file}\nCtrl-C ends all\n"
+            f"MLflow   {stack.client['MLFLOW_TRACKING_URI']}\n"
+            f"Prefect  {stack.client['PREFECT_API_URL'].removesuffix('/api')}\n"
+            f"the passwords: {stack.folder / '.env'}; for clients: . {file}\nCtrl-C ends all\n"
         )
         sys.stdout.flush()
         signal.pause()

@@ -12,13 +12,16 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 from toy import Toy, build, until
 
+from flows.processes import end_group
 from infra import keep, settings, stack
 from infra.stack import Stack
 
@@ -47,15 +50,44 @@ def running() -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="module")
-def lived(running: Stack, tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """A repository whose run the servers have recorded, and whose outputs are in the store."""
+def lived(running: Stack, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A repository whose pipeline a worker has run: the servers know of it, its outputs are in the store."""
     toy = build(tmp_path_factory.mktemp("lived") / "toy", {STAGE: []})
+    project = yaml.safe_load((repository / "prefect.yaml").read_text())
+    project["deployments"] = project["deployments"][:1]  # the others want stages that the toy has not
+    (toy.root / "prefect.yaml").write_text(yaml.safe_dump(project))
     config = toy.root / ".dvc" / "config"
     config.write_text(config.read_text().replace("url = storage", "url = s3://dvc/lifecycle"))
     environment = running.client | {"MY_API_TOKEN": PLANTED}
-    toy.lifecycle("run", LIFECYCLE_TRACKING="on", **environment)
+    with worker(running, toy, environment) as started:
+        deployment = "deployments/name/scheduled-lifecycle/lifecycle"
+        until(lambda: prefect(running, deployment)[0] == 200, "the deployments", 120)
+        _, found = prefect(running, deployment)
+        _, flow = prefect(running, f"deployments/{found['id']}/create_flow_run", {})
+
+        def has_ended() -> bool:
+            assert started.poll() is None, (running.folder / "worker.log").read_text()
+            state = prefect(running, f"flow_runs/{flow['id']}")[1]["state_type"]
+            return state not in ("SCHEDULED", "PENDING", "RUNNING")
+
+        until(has_ended, "the run", 240)
     toy.call(["dvc", "push"], 0, environment)
     return toy
+
+
+@contextmanager
+def worker(running: Stack, toy: Toy, environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """The worker of compose.yaml in the toy repository, as a plain process."""
+    own = {"HOME": str(toy.root / ".work" / "worker"), "PREFECT_WORKER_WEBSERVER_PORT": "0"}
+    with (running.folder / "worker.log").open("wb") as log:
+        started = subprocess.Popen(
+            ["sh", stack.INFRA / "worker"], cwd=toy.root, stdout=log, stderr=subprocess.STDOUT,
+            env=toy.environment({**environment, **own, "LIFECYCLE_TRACKING": "on"}), start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield started
+    finally:
+        end_group(started, seconds=20)
 
 
 def _has_postgres() -> bool:
@@ -118,7 +150,7 @@ def shown(running: Stack) -> dict[str, Any]:
     return {"runs": runs["runs"], "flows": [{key: flow[key] for key in kept} for flow in flows]}
 
 
-def test_a_run_is_recorded_by_both_servers(running: Stack, lived: Toy) -> None:
+def test_what_a_worker_ran_is_recorded_by_both_servers(running: Stack, lived: Toy) -> None:
     found = shown(running)
     assert [run["info"]["status"] for run in found["runs"]] == ["FINISHED", "FINISHED"]  # pipeline and stage
     assert [flow["state_type"] for flow in found["flows"]] == ["COMPLETED"]
@@ -199,7 +231,7 @@ def test_what_was_backed_up_is_there_again_in_empty_servers(running: Stack, live
     assert shown(running) == before
     assert mlflow(running, path)[1] == ARTIFACT
     shutil.rmtree(lived.root / ".dvc" / "cache")
-    (lived.root / "data" / f"{STAGE}.txt").unlink()
+    shutil.rmtree(lived.root / "data")
     lived.call(["dvc", "pull"], 0, running.client)
     assert lived.output(STAGE) == f"{STAGE}: {STAGE}\n"
 
@@ -214,7 +246,7 @@ def test_no_secret_is_in_a_log_a_database_an_object_or_the_repository(
         subprocess.run([*command, tmp_path / "kept" / f"{name}.dump"], check=True)
     secrets = [PLANTED, *(running.settings[name] for name in (*settings.MADE, "PREFECT_LOGIN"))]
     places = [*running.folder.glob("*.log"), *tmp_path.glob("*.sql"), *tmp_path.glob("kept/*.tar")]
-    assert len(places) == 5 + len(keep.DATABASES) + len(keep.BUCKETS)
+    assert len(places) == 6 + len(keep.DATABASES) + len(keep.BUCKETS)
     places += [path for path in lived.root.rglob("*") if path.is_file()]
     leaks = [path for path in places if any(secret.encode() in path.read_bytes() for secret in secrets)]
     assert leaks == []
