@@ -248,7 +248,7 @@ def _answers(url: str, context: ssl.SSLContext | None = None) -> bool:
     try:
         urllib.request.urlopen(url, timeout=5, context=context).close()  # noqa: S310
     except urllib.error.HTTPError as answer:
-        return answer.code == 401
+        return answer.code < 500
     except OSError:
         return False
     return True
