@@ -76,7 +76,7 @@ class Text(Section):
 
 
 class Params(Section):
-    """The section `prepare` of params.yaml. `ray` is the cluster that works on the rows; null: processes here."""
+    """The section `prepare` of params.yaml. `ray` is a cluster that works on the rows; null: processes here."""
 
     examples: Annotated[tuple[ExampleSource, ...], Field(min_length=1)]
     templates: Mapping[Task, Annotated[tuple[str, ...], Field(min_length=1)]]

@@ -1,8 +1,8 @@
 """Ray: a function of each of many items, computed on many machines, the results in the order of the items.
 
-What an item becomes depends on the item alone, so it changes nothing where it is worked on, and what a machine had
-when it was lost is worked on again elsewhere. Each machine needs the Python and the libraries that are installed
-here; the code of this package is sent along. Left out: the loss of the machine that this process runs on.
+What an item becomes depends on the item alone, so it changes nothing where it is worked on, and what a machine
+had when it was lost is worked on again elsewhere. Each machine needs the Python and the libraries that are
+installed here; the code of this package is sent along. Left out: the loss of the machine this process runs on.
 """
 
 import os
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.stage.errors import TryAgain, UserError, one_line, say
+from tasks.stage.errors import TryAgain, UserError, one_line
 
 ADDRESSES = "local, auto, HOST:PORT or ray://HOST:PORT"
 CODE = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def _places(cpus: float, gpus: float) -> int:
 
 
 def _knock(address: str) -> None:
-    """See whether anybody listens at `address`: Ray itself tries for a minute, and may take the process along."""
+    """Raise TryAgain when nobody listens at `address`: Ray tries for a minute, then ends the process."""
     if address in ("local", "auto"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -127,5 +127,3 @@ def _absent(address: str, reason: str) -> TryAgain:
     return TryAgain(
         f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, or name another"
     )
-
-
