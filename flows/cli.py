@@ -329,7 +329,7 @@ def score(
     ] = "",
 ) -> None:
     """Answer a file of prompts and score the answers, here or on a Ray cluster; goes on where it stopped."""
-    source, output = source.absolute(), output.absolute()
+    source, output = source.resolve(), output.resolve()
     with _workspace() as root:
         from flows.score import score as answer
 

@@ -83,7 +83,7 @@ def in_order(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(function)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(_call)
 
     def result(reference: Any) -> Result:
         try:
@@ -96,11 +96,15 @@ def in_order(
 
     waiting: deque[Any] = deque()
     for item in items:
-        waiting.append(remote.remote(item))
+        waiting.append(remote.remote(function, item))
         if len(waiting) >= WAITING * _places(cpus, gpus):
             yield result(waiting.popleft())
     while waiting:
         yield result(waiting.popleft())
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    return function(item)
 
 
 def _places(cpus: float, gpus: float) -> int:

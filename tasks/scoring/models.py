@@ -1,5 +1,6 @@
 """The models of a batch: one that answers, and those that score its answers."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from tasks.metrics.detector import Classifier, Oracle, scorer
 from tasks.playground.answering import BASE, open_folder
 from tasks.scoring.prompts import PROMPT, Part
 from tasks.stage import Compute
+from tasks.stage.errors import say
+from tasks.stage.fingerprint import hash_file
 
 DIGITS = 4  # of scores; further ones depend on the machine
 
@@ -34,6 +37,29 @@ class Job(NamedTuple):
             found["toxicity"] = Path(self.toxicity.source)
         return found
 
+    def moved(self, folders: Mapping[str, Path]) -> "Job":
+        """The same job with its `folders()` elsewhere."""
+        toxicity = self.toxicity
+        if isinstance(toxicity, Classifier) and "toxicity" in folders:
+            toxicity = toxicity.model_copy(update={"source": str(folders["toxicity"])})
+        return self._replace(model=folders["model"], reward=folders.get("reward"), toxicity=toxicity)
+
+    def fingerprint(self) -> str:
+        """What its answers and scores depend on, as one hash: the files of models count, not where they lie."""
+        files = {
+            field: {name: hash_file(path) for name, path in model_files(folder).items()}
+            for field, folder in self.folders().items()
+        }
+        settings = {
+            "toxicity": self.toxicity.model_dump(),
+            "generation": self.generation,
+            "batch_size": self.batch_size,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "seed": self.seed,
+            "compute": self.compute.model_dump(),
+        }
+        return hashlib.sha256(json.dumps([files, settings], sort_keys=True).encode()).hexdigest()
+
 
 class Models:
     """The opened models of a job."""
@@ -44,6 +70,7 @@ class Models:
         from tasks.lm.peft import merged_to_answer
         from tasks.stage.determinism import prepare_torch
 
+        say(f"opening {job.model.name}")
         prepare_torch(job.seed, job.compute)
         self._job = job
         self._lm = merged_to_answer(open_folder(job.model, job.compute))

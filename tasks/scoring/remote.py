@@ -15,6 +15,7 @@ from tasks.data import cluster
 from tasks.scoring.models import Job, Models, model_files
 from tasks.scoring.prompts import Part
 from tasks.stage import Compute
+from tasks.stage.errors import say
 
 Sent = Mapping[str, Any]  # name of a file -> where Ray keeps its bytes
 
@@ -31,6 +32,7 @@ class Shipment:
 def answered(job: Job, fingerprint: str, parts: Iterator[Part], address: str) -> Generator[tuple[int, bytes]]:
     """The rows in each part, and its lines, in order. Raises as `cluster.joined` and `cluster.in_order`."""
     with cluster.joined(address):
+        say(f"sending the models to the Ray cluster at {address}")
         shipment = Shipment(fingerprint, job, {name: _sent(folder) for name, folder in job.folders().items()})
         cpus, gpus = _share(job.compute)
         yield from cluster.in_order(partial(_answer, shipment), parts, cpus, gpus)
@@ -52,10 +54,7 @@ def _models(shipment: Shipment) -> Models:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(ray.get(reference))
         there = {name: Path(scratch, name) for name in shipment.folders}
-        job, toxicity = shipment.job, there.pop("toxicity", None)
-        if toxicity is not None:
-            there["toxicity"] = job.toxicity.model_copy(update={"source": str(toxicity)})
-        return Models(job._replace(**there))
+        return Models(shipment.job.moved(there))
 
 
 def _sent(folder: Path) -> Sent:

@@ -1,17 +1,15 @@
 """A file of prompts becomes a file of answers and scores: in order, in parts, here or on a Ray cluster."""
 
-import hashlib
-import json
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tasks.evaluate import Params, check_generation
-from tasks.scoring.models import Job, Models, model_files
+from tasks.scoring.models import Job, Models
 from tasks.scoring.prompts import Part, checked, parts
 from tasks.scoring.unfinished import unfinished
 from tasks.stage.errors import UserError, say
-from tasks.stage.fingerprint import hash_file
 from tasks.stage.params import PARAMS_FILE, read_section, read_shared, read_yaml
 from tasks.stage.progress import progress
 
@@ -26,7 +24,7 @@ def job(root: Path, wanted: str, settings: Mapping[str, Any], seed: int | None) 
     params, shared = read_section(data, "evaluate", Params), read_shared(data)
     named = params.alignment.reward if params.alignment is not None else None
     reward = root / "models" / (named or "reward")
-    generation = params.generation | settings
+    generation = {**params.generation, **settings}
     check_generation("generation", generation)
     return Job(
         model=_model(root, wanted, params),
@@ -48,13 +46,16 @@ def score(asked: Job, source: Path, output: Path, part_rows: int, address: str |
     the first bad row, before any model is opened, TryAgain when the cluster fails.
     """
     prompts = checked(source)
-    fingerprint = _fingerprint(asked, prompts.digest, part_rows)
+    fingerprint = f"{asked.fingerprint()} of {part_rows} rows of {prompts.digest}"
     with unfinished(output, fingerprint) as results:
         if results.rows:
             say(f"going on behind row {results.rows:,} of {prompts.rows:,}")
         todo = parts(prompts, part_rows, results.rows)
-        with progress(prompts.rows - results.rows, "answering prompts") as bar:
-            for rows, lines in _answered(asked, fingerprint, todo, address, bar.advance):
+        with (
+            progress(prompts.rows - results.rows, "answering prompts") as bar,
+            closing(_answered(asked, fingerprint, todo, address, bar.advance)) as answered,
+        ):
+            for rows, lines in answered:
                 results.add(lines, rows)
         results.finish()
     return prompts.rows
@@ -90,16 +91,3 @@ def _model(root: Path, wanted: str, params: Params) -> Path:
         known = ", ".join(name for name, variant in params.variants.items() if not variant.shots)
         raise UserError(f"{wanted} is neither a folder nor a variant whose model is there; variants: {known}")
     return folder
-
-
-def _fingerprint(asked: Job, prompts: str, part_rows: int) -> str:
-    """What the results depend on, as one hash; where they are made is no part of it."""
-    contents = {
-        field: {name: hash_file(path) for name, path in model_files(folder).items()}
-        for field, folder in asked.folders().items()
-    }
-    said = asked._replace(
-        toxicity=asked.toxicity.model_dump(), compute=asked.compute.model_dump(), model=None, reward=None
-    )._asdict()
-    text = json.dumps([contents, said, prompts, part_rows], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -50,13 +50,11 @@ class Unfinished:
 
 @contextmanager
 def unfinished(output: Path, fingerprint: str) -> Iterator[Unfinished]:
-    """Go on with what `output` has of `fingerprint`, or begin. Raises TryAgain while another process writes it."""
+    """Go on with what `output` has of `fingerprint`, or begin. Raises TryAgain while another process does."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(_path(output).with_suffix(".lock"))
     if not lock.acquire():
-        raise TryAgain(
-            f"{output} is being written by process {holder(lock.path)}: wait, or choose another output"
-        )
+        raise TryAgain(f"{output} is written by process {holder(lock.path)}: wait, or choose another output")
     try:
         path = _path(output)
         path.touch()
