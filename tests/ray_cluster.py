@@ -6,7 +6,6 @@ Ray lives in a process of its own (this file, as a program), so that the tests i
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-LOOPBACK = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+ENVIRONMENT = {  # of nodes and of drivers
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # no address but loopback, as on these two
     "RAY_USAGE_STATS_ENABLED": "0",
-}  # the first: no other address
+    "RAY_worker_niceness": "0",  # beside other tests, workers that are nice get no processor
+}
 DETECTION = {  # of a lost node: seconds instead of half a minute
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
@@ -29,10 +29,9 @@ DETECTION = {  # of a lost node: seconds instead of half a minute
 
 @dataclass
 class RayCluster:
-    """`address` and `client_address` are for drivers, who need LOOPBACK; `second` is a raylet."""
+    """`address` is for drivers, who need ENVIRONMENT; `second` is a raylet."""
 
     address: str
-    client_address: str
     second: int
     logs: Path
     _process: "subprocess.Popen[str]"
@@ -59,7 +58,7 @@ def started() -> Iterator[RayCluster]:
     try:
         with subprocess.Popen(
             [sys.executable, __file__, str(folder)],
-            env={**os.environ, **LOOPBACK},
+            env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -93,23 +92,18 @@ def _line(process: "subprocess.Popen[str]") -> str:
 def _serve(folder: str) -> None:
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     cluster = Cluster()
     cluster.add_node(
         num_cpus=1,
         temp_dir=folder,
         include_dashboard=False,
-        ray_client_server_port=port,
         _system_config=DETECTION,
     )
 
     def second() -> int:
         return int(cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid)
 
-    known = {"address": cluster.address, "client_address": f"ray://127.0.0.1:{port}", "second": second()}
-    print(json.dumps(known), flush=True)
+    print(json.dumps({"address": cluster.address, "second": second()}), flush=True)
     for _ in sys.stdin:
         print(second(), flush=True)
     cluster.shutdown()
