@@ -24,23 +24,28 @@ from tasks.stage import TryAgain, UserError
 pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 KILLING = """\
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
+from functools import partial
 
 from tasks.data import cluster, sources
 
 sources.BLOCK_BYTES = 65536
-_, module, node, *arguments = sys.argv
+_, module, node, mark, *arguments = sys.argv
 in_order = cluster.in_order
 
 
-def killing(function, items, *options):
-    for number, result in enumerate(in_order(function, items, *options)):
-        if number == 1 and int(node):
-            os.kill(int(node), signal.SIGKILL)
-        yield result
+def killing(node, mark, function, item):
+    result = function(item)
+    if os.getppid() == node:
+        open(mark, "w").close()
+        os.kill(node, signal.SIGKILL)
+        signal.pause()  # this result is lost
+    while not os.path.exists(mark):
+        time.sleep(0.05)
+    return result
 
 
-cluster.in_order = killing
+cluster.in_order = lambda function, *others: in_order(partial(killing, int(node), mark, function), *others)
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
@@ -70,11 +75,20 @@ def two_nodes() -> Iterator[RayCluster]:
 
 
 def run(folder: Path, module: str, node: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run a module as a command, and kill the raylet `node` (0: none) once a second result is there."""
+    """Run a module as a command; a task kills the raylet `node` (0: none) that it runs under, once it has worked."""
     script = folder / "killing.py"
     script.write_text(KILLING, encoding="utf-8")
     return subprocess.run(
-        [sys.executable, "-W", "error", str(script), module, str(node), *arguments],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            str(script),
+            module,
+            str(node),
+            str(folder / ".work" / "killed"),
+            *arguments,
+        ],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "LIFECYCLE_TRACKING": "off", "PYTHONPATH": str(ROOT)},
         capture_output=True,
