@@ -46,6 +46,7 @@ SECTION = {
     "splits": {"validation": 0.05, "test": 0.05},
     "leakage": 0.8,
     "text": {"sources": [], "validation": 0.0, "deduplicate": {"exact": True, "near": None}},
+    "ray": None,
 }
 
 

@@ -75,6 +75,7 @@ def section(*examples: Row, **changes: Any) -> Row:
         "splits": {"validation": 0.1, "test": 0.1},
         "leakage": 0.8,
         "text": {"sources": [], "validation": 0.1, "deduplicate": {"exact": True, "near": None}},
+        "ray": None,
         **changes,
     }
 
