@@ -18,7 +18,7 @@ EQUATIONS = {  # of packages of tasks
     "compress": {"distillation", "pruning"},
 }
 # no stage needs them, so a change makes none run again
-FOR_COMMANDS = ("tasks.registry", "tasks.labels", "tasks.playground", "tasks.scoring")
+FOR_COMMANDS = ("tasks.registry", "tasks.labels", "tasks.playground", "tasks.scoring", "tasks.planning")
 SHARED_PARAMS = ["seed", "compute"]
 HEAVY = [
     "torch", "transformers", "mlflow", "matplotlib", "prefect", "dvc", "datasets", "pandas", "peft", "trl",
