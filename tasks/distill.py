@@ -348,4 +348,5 @@ if __name__ == "__main__":
             Path("reports/distill"),
             context,
         ),
+        trains=True,
     )

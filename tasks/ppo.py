@@ -192,4 +192,5 @@ if __name__ == "__main__":
             Path("reports/ppo"),
             context,
         ),
+        trains=True,
     )

@@ -19,7 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from tasks.data.records import Comparisons
 from tasks.lm.classifier import Classifier, Text
 from tasks.lm.schedule import Schedule
-from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, sizes_of
+from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, sizes_of, through
 from tasks.rlhf.losses import preference_loss
 from tasks.stage import Context
 
@@ -61,13 +61,15 @@ def train_on_preferences(
     `language_loss` is the weight of the loss of the preferred answers' tokens beside that of the pairs.
     """
     sizes = sizes_of([row.read for row in rows], schedule)
-    plan = batches(sizes, schedule, context.seed, sort_responses=True)
+    rows_at_once = schedule.rows_on_each(context.place.processes)
+    plan = batches(sizes, schedule, context.seed, context.place.processes, sort_responses=True)
 
     def trainer(arguments: _Arguments) -> Trainer:
         return _PreferenceTrainer(
             classifier=classifier,
             language_loss=language_loss,
-            held_out_loss=lambda: mean_loss(classifier, held_out, schedule.rows_at_once),
+            place=context.place,
+            held_out_loss=lambda: mean_loss(classifier, held_out, rows_at_once),
             model=classifier.model,
             args=arguments,
             processing_class=classifier.tokenizer,
@@ -138,10 +140,17 @@ class _PreferenceTrainer(HeldOutLoss, RewardTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        found = losses(self._classifier, inputs)
+        if self._place.processes == 1:
+            found = losses(self._classifier, inputs)
+        else:
+            found = through(model, lambda: losses(self._classifier, inputs))
         if found.language is None:
             return found.preference
-        return found.preference + self._language_loss * found.language
+        weight = self._language_loss
+        if self._place.processes > 1:  # a mean over all pairs, of which each process may have its own number
+            pairs = self._place.gather(len(inputs["better"]))
+            weight *= len(inputs["better"]) * len(pairs) / sum(pairs)
+        return found.preference + weight * found.language
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """A checkpoint needs none."""
