@@ -64,7 +64,11 @@ def toy(params, context):
 if __name__ == "__main__":
     run_stage("toy", Params, toy, torch=False)
 """
-PARAMS = "seed: 5\ncompute: {device: auto, precision: auto, threads: null, processes: 1, accelerate: null}\ntoy: {does: DOES}\n"
+PARAMS = """
+seed: 5
+compute: {device: auto, precision: auto, threads: null, processes: 1, accelerate: null}
+toy: {does: DOES}
+"""
 GRAPH = "stages:\n  toy:\n    cmd: COMMAND\n    deps: [toy.py]\n    params: [seed, compute, toy]\n"
 
 

@@ -12,10 +12,11 @@ class Schedule(Section):
     """How long to learn, in which batches, and what to record.
 
     `epochs` may be a fraction. An optimizer step sees `batch_size` examples, `micro_batch_size` of them
-    (null: all) in one forward pass; several processes share them out. The learning rate rises from 0 over the share `warmup` of the steps, then
-    falls linearly to 0; gradients are clipped to the norm `clip`. The held-out loss is taken before the first
-    step and then `evaluations` times, the training loss every `log_every` steps; a checkpoint is written
-    every `checkpoint_every` steps, a multiple of `log_every` so that no logged mean spans an interruption.
+    (null: all) in one forward pass; several processes share them out. The learning rate rises from 0 over the
+    share `warmup` of the steps, then falls linearly to 0; gradients are clipped to the norm `clip`. The
+    held-out loss is taken before the first step and then `evaluations` times, the training loss every
+    `log_every` steps; a checkpoint is written every `checkpoint_every` steps, a multiple of `log_every` so that
+    no logged mean spans an interruption.
     """
 
     epochs: PositiveFloat

@@ -155,7 +155,7 @@ def sizes_of(pairs: Sequence[Pair], schedule: Schedule) -> Sizes:
 def batches(
     sizes: Sizes, schedule: Schedule, seed: int, processes: int = 1, *, sort_responses: bool = False
 ) -> list[list[int]]:
-    """Micro-batches of draws (epoch * rows + row), in the order they are trained on: so many processes take turns.
+    """Micro-batches of draws (epoch * rows + row), in the order they are trained on; `processes` take turns.
 
     Each epoch sees every row once, in a new order; rows with prompts of similar length share a batch. With
     `sort_responses` their responses are similar too, which saves padding where lengths vary much, but parts

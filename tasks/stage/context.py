@@ -9,7 +9,7 @@ from types import FrameType
 
 from tasks.stage.errors import Helped, Interrupted
 from tasks.stage.params import Compute
-from tasks.stage.place import Place
+from tasks.stage.place import ALONE, Place
 from tasks.stage.progress import Bar, progress
 from tasks.stage.track import Track
 
@@ -67,7 +67,7 @@ class Context:
     track: Track
     stop: Stop = field(default_factory=Stop)
     progress_file: Path | None = None
-    place: Place = field(default_factory=Place)
+    place: Place = ALONE
 
     def progress(self, total: int | None, description: str) -> AbstractContextManager[Bar]:
         """A bar with the time left, on stderr; use it for anything that takes over 2 s."""

@@ -40,7 +40,7 @@ class Interrupted(BaseException):
         self.signal_number = signal_number
 
 
-class Helped(BaseException):  # noqa: N818 - a process that did its part
+class Helped(BaseException):
     """A process of the stage other than the first has nothing left to do."""
 
 

@@ -1,7 +1,7 @@
-"""A stage that trains in several processes: `accelerate launch` starts them, the stage watches and speaks for them.
+"""A stage that trains in several processes: `accelerate launch` starts them, the stage speaks for them.
 
 What there is one of stays with the stage itself, the process that DVC started: the lock, the record,
-metrics/STAGE.json, the exit code. The processes run the body, each in its `Place`; the first of them writes what
+metrics/STAGE.json, the exit code. The processes run the body, each in its `Place`; the first one writes what
 the body writes. A folder that lives as long as they do (LIFECYCLE_JOB names it) tells them what to do, and each
 leaves there how it ended. On machines of rank 1 and more (LIFECYCLE_MACHINE_RANK) the same command starts the
 processes of that machine, and neither locks, records nor writes.
@@ -90,8 +90,8 @@ def machine_rank() -> int:
 def run_body(context: Context, recording: Path | None) -> Mapping[str, Any]:
     """Run the body of the stage that this process is in processes of its own; return the metrics of the first.
 
-    Raises ParamsError when the configuration does not fit, UserError when DeepSpeed is missing, ProcessEnded once
-    a process has ended otherwise than well (then all are gone), and Interrupted when asked to stop.
+    Raises ParamsError when the configuration does not fit, UserError when DeepSpeed is missing, ProcessEnded
+    once a process has ended otherwise than well (then all are gone), and Interrupted when asked to stop.
     """
     program = sys.modules["__main__"].__spec__
     assert program is not None  # `python -m tasks.STAGE`
@@ -207,7 +207,7 @@ def _await(launcher: "subprocess.Popen[bytes]", context: Context) -> None:
 
 
 def _outcome(folder: Path, processes: int, code: int) -> Mapping[str, Any]:
-    """The metrics of the first process; the fault is that of the process that ended first, without a word or with."""
+    """The metrics of the first process. The fault is that of one that ended without a word, or of the first."""
     if code == 0:
         first = _ending(folder, 0)
         return {} if first is None else first.metrics
@@ -217,12 +217,10 @@ def _outcome(folder: Path, processes: int, code: int) -> Mapping[str, Any]:
     endings = {int(rank): _ending(folder, int(rank)) for rank in failed}
     for rank, ending in endings.items():
         if ending is None:
-            how = failed[str(rank)]
-            raise ProcessEnded(
-                LOST,
-                f"process {rank} of {processes} {f'was killed by signal {-how}' if how < 0 else f'ended with {how}'}: "
-                "run again, it goes on from the last checkpoint",
-            )
+            code = failed[str(rank)]
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with {code} without a word"
+            message = f"process {rank} of {processes} {how}: run again, and it goes on from the last checkpoint"
+            raise ProcessEnded(LOST, message)
     told = [ending for ending in endings.values() if ending is not None]
     if not told:
         raise ProcessEnded(LOST, f"accelerate launch ended with {code} before a process did: see its output")

@@ -1,4 +1,4 @@
-"""`accelerate launch` for a job of tasks/stage/launch.py: says in a file which processes failed, not in a traceback.
+"""`accelerate launch` for a job of tasks/stage/launch.py: says in a file which processes failed.
 
 python -m tasks.stage.launcher
 """

@@ -2,7 +2,7 @@
 
 What a runner may set in the environment, all optional: LIFECYCLE_PARENT_RUN_ID (the recording or MLflow run of
 the pipeline), LIFECYCLE_FLOW_RUN_ID (Prefect's id), LIFECYCLE_ATTEMPT (1, 2, ...), LIFECYCLE_TRACKING=off,
-LIFECYCLE_WARM (tasks/stage/warm.py). A stage that trains may do so in several processes (tasks/stage/launch.py).
+LIFECYCLE_WARM (tasks/stage/warm.py), LIFECYCLE_MACHINE_RANK (tasks/stage/launch.py).
 """
 
 import os
@@ -34,7 +34,7 @@ from tasks.stage.params import (
     read_yaml,
     stages_of,
 )
-from tasks.stage.place import Place
+from tasks.stage.place import ALONE, Place
 from tasks.stage.recorder import Recorder, Status, numbers
 from tasks.stage.track import NullTrack
 
@@ -49,8 +49,8 @@ def run_stage(
     """Run the stage `name` in the current folder, write metrics/NAME.json, and exit with the code that fits.
 
     `body` gets the validated section of params.yaml and a Context, and returns the metrics. With `torch` false
-    the stage computes no tensors and torch is not imported. One that `trains` runs its body in as many processes
-    as params.yaml says. However it ends, `.work/NAME/last.json` says how.
+    the stage computes no tensors and torch is not imported. One that `trains` runs its body in as many
+    processes as params.yaml says. However it ends, `.work/NAME/last.json` says how.
     """
     code = warm.stand_in() if torch else None
     if code is None:
@@ -144,7 +144,7 @@ class _Execution:
             self.recorder.params({**shared.model_dump(mode="json"), **params.model_dump(mode="json")})
         work = WORK / self.name / self.fingerprint
         work.mkdir(parents=True, exist_ok=True)
-        context = self._context(shared, work, stop, Place())
+        context = self._context(shared, work, stop, ALONE)
         if trains and launch.asked_for(shared.compute):
             metrics = launch.run_body(context, self.recorder.hand_over() if self.recorder is not None else None)
         else:
