@@ -31,6 +31,7 @@ from tasks.lm.device import device, precision
 from tasks.lm.model import LanguageModel
 from tasks.lm.respond import IGNORED, collate, likelihoods, model_inputs
 from tasks.lm.schedule import Schedule
+from tasks.lm.sharded import in_parts, make_whole, shares_embeddings, shell_of
 from tasks.stage import Context, ParamsError, checkpoints
 from tasks.stage.place import Place
 from tasks.stage.progress import Bar
@@ -121,6 +122,12 @@ def fit(
     start = checkpoints.newest_verified(context.work)
     trainer = trainer_with(_arguments(arguments, schedule, learning_rate, steps, context))
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled and shares_embeddings(trainer.model):
+        raise ParamsError(
+            f"{context.name}: encoder and decoder of {trainer.model.config.model_type} share their embeddings, which "
+            f"compute.accelerate: {context.compute.accelerate} cannot part; use ddp, zero2 or zero3"
+        )
+    shell = shell_of(trainer.model) if in_parts(trainer) else None
     with context.progress(steps, f"{context.name}: training") as bar:
         watch = _Watch(
             context=context,
@@ -135,6 +142,8 @@ def fit(
         trainer.add_callback(watch)
         with context.save_on_stop():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if shell is not None:
+        make_whole(trainer.model, shell)
     trainer.model.eval()
     return Training(
         steps=steps,

@@ -105,7 +105,7 @@ def mean_loss(classifier: Classifier, rows: Sequence[Element], batch_size: int) 
     was_training = classifier.model.training
     classifier.model.eval()
     total = 0.0
-    with torch.inference_mode():
+    with torch.no_grad():  # as in tasks.lm.respond.likelihoods
         for at in range(0, len(rows), batch_size):
             some = rows[at : at + batch_size]
             batch = {

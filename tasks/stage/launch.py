@@ -173,6 +173,9 @@ def take_place(compute: Compute, threads: int) -> Place:
         )
     os.environ["ACCELERATE_USE_CPU"] = str(on_cpu).lower()
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=SECONDS_WITHOUT_NEWS))
+    in_parts = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)
+    if state.distributed_type in ("MULTI_CPU", "NO") and in_parts:
+        raise ParamsError(f"compute.accelerate: {compute.accelerate} is for GPUs; on a CPU name ddp")
     return Place(state.process_index, state.num_processes)
 
 
@@ -187,13 +190,10 @@ def leave_place() -> None:
 def _check(settings: Mapping[str, Any], compute: Compute) -> None:
     from importlib.util import find_spec
 
-    kind = settings.get("distributed_type")
-    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+    if settings.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise UserError(
             f"compute.accelerate is {compute.accelerate}, which needs deepspeed: pip install deepspeed"
         )
-    if kind in ("DEEPSPEED", "FSDP") and compute.device == "cpu":
-        raise ParamsError(f"compute.accelerate: {compute.accelerate} is for GPUs; on a CPU name ddp")
 
 
 def _await(launcher: "subprocess.Popen[bytes]", context: Context) -> None:

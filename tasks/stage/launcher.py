@@ -3,6 +3,7 @@
 python -m tasks.stage.launcher
 """
 
+import logging
 import os
 import signal
 import sys
@@ -17,7 +18,10 @@ def main() -> int:
     assert job is not None
     starter.watch(job.has_owner, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: None)
     warm.offer(os.environ)
-    os.environ["LOGLEVEL"] = "CRITICAL"  # of torch's launcher: the stage says what is to be said
+    logging.disable()  # the stage says what is to be said
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # of unused parameters torch warns where there are none
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
