@@ -123,9 +123,10 @@ def fit(
     trainer = trainer_with(_arguments(arguments, schedule, learning_rate, steps, context))
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled and shares_embeddings(trainer.model):
+        kind = trainer.model.config.model_type
         raise ParamsError(
-            f"{context.name}: encoder and decoder of {trainer.model.config.model_type} share their embeddings, which "
-            f"compute.accelerate: {context.compute.accelerate} cannot part; use ddp, zero2 or zero3"
+            f"compute.accelerate: {context.compute.accelerate} cannot part a {kind}, whose encoder and decoder "
+            "share their embeddings; use ddp, zero2 or zero3"
         )
     shell = shell_of(trainer.model) if in_parts(trainer) else None
     with context.progress(steps, f"{context.name}: training") as bar:
@@ -273,10 +274,13 @@ def through(model: torch.nn.Module, compute: Callable[[], T]) -> T:
     What wraps a model for several processes is told of a pass by a call of it, and only then joins gradients.
     """
     inner = extract_model_from_parallel(model)
-    forward = inner.forward
+    own = vars(inner).get("forward")  # what mixed precision has put there
 
     def instead(*_: Any, **__: Any) -> T:
-        inner.forward = forward
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
         return compute()
 
     inner.forward = instead

@@ -8,6 +8,7 @@ transformers' Trainer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +112,8 @@ def mean_loss(classifier: Classifier, rows: Sequence[Element], batch_size: int) 
             batch = {
                 name: each.to(classifier.model.device) for name, each in _collate(classifier, some).items()
             }
-            total += float(losses(classifier, batch).preference) * len(some)
+            found = through(classifier.model, partial(losses, classifier, batch))
+            total += float(found.preference) * len(some)
     classifier.model.train(was_training)
     return total / len(rows)
 
@@ -140,10 +142,7 @@ class _PreferenceTrainer(HeldOutLoss, RewardTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        if self._place.processes == 1:
-            found = losses(self._classifier, inputs)
-        else:
-            found = through(model, lambda: losses(self._classifier, inputs))
+        found = through(model, partial(losses, self._classifier, inputs))
         if found.language is None:
             return found.preference
         weight = self._language_loss
