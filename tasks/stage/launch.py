@@ -215,9 +215,10 @@ def _outcome(folder: Path, processes: int, code: int) -> Mapping[str, Any]:
     if (found := folder / "failed.json").is_file():
         failed = json.loads(found.read_text(encoding="utf-8"))
     endings = {int(rank): _ending(folder, int(rank)) for rank in failed}
-    for rank, ending in endings.items():
-        if ending is None:
-            code = failed[str(rank)]
+    for rank, code in sorted(
+        ((int(rank), code) for rank, code in failed.items()), key=lambda each: each[1] >= 0
+    ):
+        if endings[rank] is None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with {code} without a word"
             message = f"process {rank} of {processes} {how}: run again, and it goes on from the last checkpoint"
             raise ProcessEnded(LOST, message)

@@ -125,6 +125,7 @@ class _Execution:
         except Helped:
             pass
         except (Exception, Interrupted) as error:
+            stop.ignore()  # the launcher asks all to stop once one has failed
             code, message = exit_code(error), told(error)
             trace = traceback.format_exc() if code == 1 else ""
         stop.ignore()
