@@ -70,9 +70,8 @@ def test_fsdp2_reaches_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_zero_reaches_the_processes(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.utils import prepare_deepspeed_cmd_env
 
-    with monkeypatch.context() as as_if_installed:
-        as_if_installed.setattr("importlib.util.find_spec", lambda name: name)
-        found = launched(f"zero{stage}")
+    monkeypatch.setattr("tasks.stage.launch._check", lambda *_: None)  # deepspeed is not installed here
+    found = launched(f"zero{stage}")
     found.deepspeed_fields_from_accelerate_config = ""
     assert (found.use_deepspeed, found.use_fsdp) == (True, False)
     _, environment = prepare_deepspeed_cmd_env(found)
