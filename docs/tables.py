@@ -188,6 +188,7 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), printed_table),
     "ppo_vs_trl": (Path("benchmarks/results/ppo_vs_trl.json"), printed_table),
     "guard": (Path("benchmarks/results/guard.json"), guard_table),
+    "plan_memory": (Path("benchmarks/results/plan_memory.json"), printed_table),
 }
 
 

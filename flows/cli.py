@@ -1,4 +1,4 @@
-"""The command `lifecycle`: run, sweep, apply, compare, status, report, chat, label, verify, upload, ui,
+"""The command `lifecycle`: run, plan, sweep, apply, compare, status, report, chat, score, label, verify, upload, ui,
 register, promote, lineage, reproduce, endpoint, serve.
 
 `lifecycle COMMAND --help` has examples.
@@ -97,6 +97,59 @@ def run(
                 _refresh(root)
             code = _run(root, settings or [], presets or [], stages or [], force, jobs, awaited, as_json)
     raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples:  lifecycle plan   |   lifecycle plan --stage finetune --memory 16GB   |   "
+    "lifecycle plan --preset flan-t5-base --set finetune.method=full   |   "
+    "lifecycle plan --memory 80GB --flops 4e14 --devices 8 --strategy fsdp --json"
+)
+def plan(
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Plan with this; repeatable."),
+    ] = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option("--preset", metavar="NAME", help="Plan with presets/NAME.yaml; repeatable."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="NAME", help="Only this stage; repeatable."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Of a device, such as 16GB; else what is found here."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            "--flops", metavar="NUMBER", help="Operations a second that training reaches; else measured here."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices share the work.")] = 1,
+    strategy: Annotated[
+        Literal["ddp", "fsdp", "zero1", "zero2", "zero3"],
+        typer.Option("--strategy", help="What devices divide among them."),
+    ] = "ddp",
+    as_json: AsJson = False,
+) -> None:
+    """Estimate memory and time of the stages before they run; exit with 3 when one cannot fit.
+
+    Nothing runs, and nothing is written: --set and --preset are tried on params.yaml, which stays as it is.
+    """
+    with _workspace() as root:
+        from flows import plan as ahead
+        from tasks.stage.errors import UserError
+
+        if flops is not None and not 0 < flops < float("inf"):
+            raise UserError(f"--flops {flops}: expected a number of operations a second, such as 5e10")
+        found = ahead.look(root, stages or [], memory, flops, devices, strategy, presets or [], settings or [])
+        if as_json:
+            _write_json(found)
+        else:
+            ahead.show(found)
+        ahead.refuse(found)
 
 
 @app.command(
@@ -295,6 +348,46 @@ def chat(
         from flows.chat import chat as serve_page
 
         serve_page(root, versions or [], host, port)
+
+
+@app.command(
+    epilog="Examples:  lifecycle score ppo --input prompts.jsonl --output answers.jsonl   |   "
+    "lifecycle score ppo --input prompts.jsonl --output answers.jsonl --set num_beams=4   |   "
+    "lifecycle score models/ppo --input prompts.jsonl.gz --output answers.jsonl --ray 10.0.0.7:6379"
+)
+def score(
+    wanted: Annotated[
+        str, typer.Argument(metavar="VARIANT", help="Of evaluate.variants, or a model's folder.")
+    ],
+    source: Annotated[
+        Path, typer.Option("--input", metavar="FILE", help="JSON lines, each with a column prompt.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="The same rows with answer, toxicity and reward.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of GenerationConfig, in place of what evaluate.generation says; repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling; else that of params.yaml.")] = None,
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Rows that are answered, and kept on the disk, together.")
+    ] = 512,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster: local, auto, [ray://]HOST:PORT.")
+    ] = "",
+) -> None:
+    """Answer a file of prompts and score the answers, here or on a Ray cluster; goes on where it stopped."""
+    source, output = source.resolve(), output.resolve()
+    with _workspace() as root:
+        from flows.score import score as answer
+
+        rows = answer(root, wanted, settings or [], seed, source, output, part_rows, ray or None)
+        sys.stdout.write(f"{rows} rows in {output}\n")
 
 
 @app.command(epilog="Example:  lifecycle verify || echo 'see above how to mend it'")

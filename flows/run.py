@@ -6,9 +6,7 @@ It knows nothing of Prefect: the flow decides when a stage's turn comes, and ask
 import contextlib
 import json
 import os
-import platform
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +17,10 @@ from typing import Any, Literal
 
 from flows import links, pipeline, point, rankings
 from flows.pipeline import Change, Stage, StageError
+from flows.plan import refuse_what_cannot_fit
 from flows.processes import Stopped
 from flows.workspace import child_environment
+from tasks.planning.hardware import has_gpu
 from tasks.stage import tracking, warm
 from tasks.stage.errors import UserError, exit_code, one_line, say
 from tasks.stage.fingerprint import fingerprint
@@ -244,13 +244,6 @@ class Run:
         return [parent for parent in stage.parents if parent in self.stages]
 
 
-def has_gpu() -> bool:
-    """Whether a stage may find an accelerator here; told without torch, whose import takes seconds."""
-    if sys.platform == "darwin":
-        return platform.machine() == "arm64"
-    return any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
-
-
 def ready(
     root: Path,
     settings: Sequence[str] = (),
@@ -276,6 +269,7 @@ def ready(
     planned = plan(root, targets, force, jobs, alone, wanted)
     if planned.due:
         check_all()
+        refuse_what_cannot_fit(root, planned.due)
     return planned
 
 

@@ -33,7 +33,7 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = [[], *([name] for name in (
-    "run", "sweep", "apply", "compare", "status", "report", "chat", "label", "verify", "upload", "ui",
+    "run", "plan", "sweep", "apply", "compare", "status", "report", "chat", "score", "label", "verify", "upload", "ui",
     "register", "promote", "lineage", "reproduce", "endpoint", "serve",
 ))]  # fmt: skip
 
