@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray_cluster
 from classifier_toys import toy_classifier
-from lm_toys import PEFT_WARNING
+from lm_toys import COMPUTE, PEFT_WARNING
 from playground_toys import ROOT, lay_out
 from ray_cluster import ENVIRONMENT, RayCluster
 
@@ -109,8 +109,7 @@ def prepare(folder: Path, address: str | None, node: int) -> dict[str, bytes]:
     ]
     rows[1700]["gist"] = rows[3999]["gist"] = ""
     (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    compute = {"device": "cpu", "precision": "fp32", "threads": 1}
-    params = {"seed": 0, "compute": compute, "prepare": SECTION | {"ray": address}}
+    params = {"seed": 0, "compute": COMPUTE.model_dump(), "prepare": SECTION | {"ray": address}}
     (folder / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
     (folder / "dvc.yaml").write_text(
         "stages: {prepare: {cmd: python -m tasks.prepare, params: [seed, prepare]}}"
