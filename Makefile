@@ -1,4 +1,4 @@
-# make run · make test · make check · make ui · make bench; each sets up .venv first when it is missing or out of date.
+# make run · make test · make check · make ui · make bench · make up · make down; each sets up .venv first when it is missing or out of date.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # nobody's telemetry, services on loopback only
@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test check ui bench setup clean
+.PHONY: run test check ui bench up down setup clean
 .DEFAULT_GOAL := run
 
 setup: .venv/.ready
@@ -29,6 +29,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@infra/audit
 
 test: check
 	$(BIN)/python -m pytest -n 2
@@ -38,6 +39,12 @@ ui: setup
 
 bench: setup
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+up: setup
+	@infra/up
+
+down:
+	@docker compose --file infra/compose.yaml down
 
 clean:
 	rm -rf .work build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -58,7 +58,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     try:
-        lm = load(options.model, Compute(device="auto", precision="auto", threads=None))
+        lm = load(
+            options.model, Compute(device="auto", precision="auto", threads=None, processes=1, accelerate=None)
+        )
         prompts = [example.prompt for example in read_examples(options.examples, ["summarize"])][
             : options.prompts
         ]

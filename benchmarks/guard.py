@@ -60,7 +60,7 @@ def watched(params: Any, seed: int) -> list[dict[str, Any]]:
     from tasks.rlhf.trainer import Ppo
     from tasks.stage import Compute
 
-    compute = Compute(device="cpu", precision="fp32", threads=None)
+    compute = Compute(device="cpu", precision="fp32", threads=None, processes=1, accelerate=None)
     torch.manual_seed(seed)
     lm = merged(load("models/finetune", compute, trainable=True))
     critic = new_critic(params.value, lm, compute)

@@ -202,7 +202,7 @@ def held_out_reward(lm: "LanguageModel", folder: Path) -> float:
 def _compute() -> Any:
     from tasks.stage import Compute
 
-    return Compute(device="cpu", precision="fp32", threads=None)
+    return Compute(device="cpu", precision="fp32", threads=None, processes=1, accelerate=None)
 
 
 class Clocks(NamedTuple):

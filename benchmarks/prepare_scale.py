@@ -46,6 +46,7 @@ SECTION = {
     "splits": {"validation": 0.05, "test": 0.05},
     "leakage": 0.8,
     "text": {"sources": [], "validation": 0.0, "deduplicate": {"exact": True, "near": None}},
+    "ray": None,
 }
 
 
@@ -86,7 +87,7 @@ def measure(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", count)
-        compute = {"device": "cpu", "precision": "fp32", "threads": None}
+        compute = {"device": "cpu", "precision": "fp32", "threads": None, "processes": 1, "accelerate": None}
         params = {"seed": 0, "compute": compute, "prepare": SECTION}
         (folder / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
         graph = {"stages": {"prepare": {"cmd": "python -m tasks.prepare", "params": ["seed", "prepare"]}}}

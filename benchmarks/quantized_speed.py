@@ -36,7 +36,7 @@ from tasks.stage import Compute, UserError
 from tasks.stage.files import write_json
 
 RESULT = Path("benchmarks/results/quantized_speed.json")
-COMPUTE = Compute(device="cpu", precision="fp32", threads=None)
+COMPUTE = Compute(device="cpu", precision="fp32", threads=None, processes=1, accelerate=None)
 WAYS = ("dense", "int8_kernels", "int8", "int8_dynamic", "nf4")
 BATCH_SIZES = (1, 16)
 PROMPT_TOKENS = 64

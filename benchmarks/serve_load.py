@@ -37,7 +37,7 @@ from tasks.stage import Compute, UserError
 from tasks.stage.files import write_json
 
 RESULT = Path("benchmarks/results/serve_load.json")
-COMPUTE = Compute(device="cpu", precision="fp32", threads=None)
+COMPUTE = Compute(device="cpu", precision="fp32", threads=None, processes=1, accelerate=None)
 SECONDS_TO_START = 300
 SECONDS_TO_ANSWER = 60
 LOOKS = 10

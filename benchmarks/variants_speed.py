@@ -42,7 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     folders = {"dense": options.dense} | {name: Path("models") / name for name in options.variants}
     try:
-        compute = Compute(device="auto", precision="auto", threads=None)
+        compute = Compute(device="auto", precision="auto", threads=None, processes=1, accelerate=None)
         models = {name: load(folder, compute) for name, folder in folders.items()}
         examples = read_examples(options.examples, ["summarize"])[: max(BATCH_SIZES)]
     except UserError as error:

@@ -8,7 +8,6 @@ import argparse
 import base64
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
@@ -29,8 +30,15 @@ SWEEP = (
     "--stage=finetune", "--name=methods",
 )  # fmt: skip
 PORT = 5099
-WIDTH, HEIGHT = 1400, 900
+WIDTH, HEIGHT = 1700, 1000
 SECONDS = 300
+COLOURS = 64
+# the panel of MLflow's assistant, the note that the view is shared, buttons that lie on the charts
+TIDY = """
+for (const name of ['assistant.chat_panel.close', 'experiment_page.shared_view.dismiss'])
+  document.querySelector(`[data-component-id="mlflow.${name}"]`)?.click();
+document.head.insertAdjacentHTML('beforeend', '<style>.modebar { display: none }</style>');
+"""
 READY = "document.querySelectorAll('.js-plotly-plot .main-svg').length > 2"
 
 
@@ -108,11 +116,11 @@ def take(page: browser.Browser, address: str) -> None:
     end = time.monotonic() + SECONDS
     while not page.ask(READY) and time.monotonic() < end:
         time.sleep(0.5)
+    page.ask(TIDY)
     time.sleep(3)  # the charts move into their places
     shot = page.call("Page.captureScreenshot", format="png")
     PICTURE.write_bytes(base64.b64decode(shot["data"]))
-    if shutil.which("pngquant"):
-        subprocess.run(["pngquant", "--force", "--ext", ".png", "64", str(PICTURE)], check=False)
+    Image.open(PICTURE).quantize(COLOURS).save(PICTURE, optimize=True)
 
 
 if __name__ == "__main__":

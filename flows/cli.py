@@ -1,5 +1,5 @@
-"""The command `lifecycle`: run, plan, sweep, apply, compare, status, report, chat, label, verify, upload, ui,
-register, promote, lineage, reproduce, endpoint, serve.
+"""The command `lifecycle`: run, plan, sweep, apply, compare, status, report, chat, score, label, verify,
+upload, ui, register, promote, lineage, reproduce, endpoint, serve.
 
 `lifecycle COMMAND --help` has examples.
 
@@ -348,6 +348,46 @@ def chat(
         from flows.chat import chat as serve_page
 
         serve_page(root, versions or [], host, port)
+
+
+@app.command(
+    epilog="Examples:  lifecycle score ppo --input prompts.jsonl --output answers.jsonl   |   "
+    "lifecycle score ppo --input prompts.jsonl --output answers.jsonl --set num_beams=4   |   "
+    "lifecycle score models/ppo --input prompts.jsonl.gz --output answers.jsonl --ray 10.0.0.7:6379"
+)
+def score(
+    wanted: Annotated[
+        str, typer.Argument(metavar="VARIANT", help="Of evaluate.variants, or a model's folder.")
+    ],
+    source: Annotated[
+        Path, typer.Option("--input", metavar="FILE", help="JSON lines, each with a column prompt.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="The same rows with answer, toxicity and reward.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of GenerationConfig, in place of what evaluate.generation says; repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling; else that of params.yaml.")] = None,
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Rows that are answered, and kept on the disk, together.")
+    ] = 512,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster: local, auto, [ray://]HOST:PORT.")
+    ] = "",
+) -> None:
+    """Answer a file of prompts and score the answers, here or on a Ray cluster; goes on where it stopped."""
+    source, output = source.resolve(), output.resolve()
+    with _workspace() as root:
+        from flows.score import score as answer
+
+        rows = answer(root, wanted, settings or [], seed, source, output, part_rows, ray or None)
+        sys.stdout.write(f"{rows} rows in {output}\n")
 
 
 @app.command(epilog="Example:  lifecycle verify || echo 'see above how to mend it'")

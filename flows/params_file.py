@@ -51,7 +51,7 @@ def _merging(root: Path, presets: Iterable[str], settings: Iterable[str]) -> Cal
         for name in presets:
             _merge(data, _preset(root, name), (), f"{PRESETS}/{name}.yaml")
         for setting in settings:
-            keys, value = _parse(setting)
+            keys, value = parse(setting)
             _merge(data, _nested(keys, value), (), f"--set {setting}")
 
     return merge
@@ -95,7 +95,7 @@ def _preset(root: Path, name: str) -> Mapping[str, Any]:
     return _load(path.read_text(encoding="utf-8"), f"{PRESETS}/{path.name}")
 
 
-def _parse(setting: str) -> tuple[list[str], Any]:
+def parse(setting: str) -> tuple[list[str], Any]:
     """`finetune.lora.r=8` → (["finetune", "lora", "r"], 8); the value is YAML."""
     name, equals, text = setting.partition("=")
     if not equals or not all(name.split(".")):

@@ -85,10 +85,12 @@ def base(
         "tokens_recommended": TOKENS_PER_PARAMETER * parameters,
     }
     if params.pretraining is None:
+        context.first_alone()
         training, seen = None, 0
         metrics["perplexity_after"] = metrics["perplexity_before"]
     else:
         training = _pretrain(lm, params, params.pretraining, read_texts(train_text), texts, context)
+        context.first_alone()
         seen = training.tokens
         metrics["perplexity_after"] = measure()
         metrics |= {
@@ -199,4 +201,5 @@ if __name__ == "__main__":
             Path("reports/base"),
             context,
         ),
+        trains=True,
     )

@@ -146,6 +146,7 @@ def distill(
         for name, taught in (("taught", _taught), ("untaught", _untaught)):
             control, _ = taught(params, teacher, few, schedule, _beside(context, name))
             found[name] = assess(control, held_out)
+    context.first_alone()
     parameters, parameters_teacher = parameter_counts(student)[1], parameter_counts(teacher)[1]
     metrics: dict[str, Any] = {
         **found["student"].scores,
@@ -214,13 +215,14 @@ def _lessons(
     if params.labels == "reference":
         pairs, held_out_pairs = from_references, references(teacher, held_out, limits)
     else:
-        with context.progress(len(examples) + len(held_out), "distill: the teacher answers") as bar:
+        some = context.place.part(examples), context.place.part(held_out)
+        with context.progress(sum(map(len, some)), "distill: the teacher answers") as bar:
             pairs, held_out_pairs = (
-                own_answers(teacher, some, limits, bar.advance) for some in (examples, held_out)
+                context.place.together(own_answers(teacher, each, limits, bar.advance)) for each in some
             )
     if params.method == "on_policy":
         return _Lessons(pairs, from_references, held_out_pairs, None)
-    with context.progress(len(pairs), "distill: the teacher foresees") as bar:
+    with context.place.first(), context.progress(len(pairs), "distill: the teacher foresees") as bar:
         foreseen = foresee(
             teacher,
             pairs,
@@ -348,4 +350,5 @@ if __name__ == "__main__":
             Path("reports/distill"),
             context,
         ),
+        trains=True,
     )

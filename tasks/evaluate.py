@@ -186,25 +186,28 @@ def _check_models(params: Params, models: Path) -> None:
 
 
 def _check_generation(params: Params) -> None:
+    settings = {"generation": params.generation}
+    settings |= {f"decoding.{name}": params.generation | setting for name, setting in params.decoding.items()}
+    if params.alignment is not None:
+        settings["alignment.generation"] = params.alignment.generation
+    for where, setting in settings.items():
+        check_generation(f"params.yaml: evaluate.{where}", setting)
+
+
+def check_generation(where: str, setting: Mapping[str, Any]) -> None:
+    """Raise ParamsError when `setting`, found at `where`, is not what GenerationConfig takes."""
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict()
-    settings = {"evaluate.generation": params.generation}
-    settings |= {
-        f"evaluate.decoding.{name}": params.generation | setting for name, setting in params.decoding.items()
-    }
-    if params.alignment is not None:
-        settings["evaluate.alignment.generation"] = params.alignment.generation
-    for where, setting in settings.items():
-        for key in setting:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ParamsError(f"params.yaml: {where}.{key} is no field of GenerationConfig{hint}")
-        try:
-            GenerationConfig(**setting).validate(strict=True)
-        except ValueError as error:
-            raise ParamsError(f"params.yaml: {where}: {' '.join(str(error).split())}") from None
+    for key in setting:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ParamsError(f"{where}.{key} is no field of GenerationConfig{hint}")
+    try:
+        GenerationConfig(**setting).validate(strict=True)
+    except ValueError as error:
+        raise ParamsError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _toxicity(detector: Detector, batch_size: int, context: Context) -> Callable[[Sequence[str]], "Measures"]:

@@ -124,6 +124,7 @@ def finetune(
         params.options["learning_rate"],
         context,
     )
+    context.first_alone()
     save(lm, model)
     write_curves(reports, training.losses, training.evaluations, f"finetune: {params.method}")
     context.track.figure("finetune_loss", reports / "loss.png")
@@ -186,4 +187,5 @@ if __name__ == "__main__":
             Path("reports/finetune"),
             context,
         ),
+        trains=True,
     )

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from tasks.metrics.detector import scorer
 from tasks.rlhf.settings import Kl, Part, Rollouts, Update, Value, Watch
-from tasks.stage import Context, DataError, GateRefused, Section, run_stage
+from tasks.stage import Context, DataError, GateRefused, ParamsError, Section, run_stage
 from tasks.stage.fingerprint import hash_file
 
 if TYPE_CHECKING:
@@ -110,8 +110,15 @@ def ppo(
     reward = weighted_sum(params.reward, context.compute)
     critic = new_critic(params.value, lm, context.compute)
     policy = new_policy(lm, params.method, params.lora.model_dump(), params.rollouts.temperature, critic)
-    trainer = Ppo(policy, reward, params.kl, params.rollouts, params.update, params.steps, context.seed)
+    trainer = Ppo(
+        policy, reward, params.kl, params.rollouts, params.update, params.steps, context.seed, context.place
+    )
     watched = _held(lm, held_out[: params.guard.prompts], 1, params.rollouts, context.seed)
+    fewest, processes = min(params.rollouts.episodes, len(watched.prompts)), context.place.processes
+    if fewest < processes:
+        raise ParamsError(
+            f"compute.processes is {processes}, but there are {fewest} episodes or held-out prompts"
+        )
     guard = Guard(params.guard.limits.as_limits())
     course = Course(trainer, guard, watched, toxicity, params.guard, params.shown)
     course.resume(context.work)
@@ -120,6 +127,7 @@ def ppo(
     if course.events and course.events[-1]["act"] == "stop" and params.guard.on_stop == "fail":
         raise GateRefused(f"ppo: {course.stopped_because}")
 
+    context.first_alone()
     many = _held(
         lm, held_out[-params.objective.prompts :], params.objective.samples, params.rollouts, context.seed
     )
@@ -192,4 +200,5 @@ if __name__ == "__main__":
             Path("reports/ppo"),
             context,
         ),
+        trains=True,
     )

@@ -7,15 +7,16 @@ that were rejected, and a data card. Needs no network unless a source is on the 
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from tasks.data import cluster
 from tasks.data.recipes import (
     AnySource,
     ExampleRecorder,
@@ -35,7 +36,7 @@ from tasks.stage import Context, DataError, Section, run_stage
 
 if TYPE_CHECKING:
     from tasks.data.card import Card, SourceFigures
-    from tasks.data.corpus import Corpus, Recorder, Rejects
+    from tasks.data.corpus import Corpus, InOrder, Recorder, Rejects
     from tasks.data.duplicates import Mask
     from tasks.data.selection import Selection
 
@@ -75,7 +76,7 @@ class Text(Section):
 
 
 class Params(Section):
-    """The section `prepare` of params.yaml."""
+    """The section `prepare` of params.yaml. `ray` is a cluster that works on the rows; null: processes here."""
 
     examples: Annotated[tuple[ExampleSource, ...], Field(min_length=1)]
     templates: Mapping[Task, Annotated[tuple[str, ...], Field(min_length=1)]]
@@ -86,6 +87,14 @@ class Params(Section):
     splits: Splits
     leakage: Resemblance | None
     text: Text
+    ray: str | None
+
+    @field_validator("ray")
+    @classmethod
+    def _an_address(cls, address: str | None) -> str | None:
+        if address is not None and not cluster.is_address(address):
+            raise ValueError(f"{cluster.ADDRESSES}, or null")
+        return address
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -146,16 +155,17 @@ def _read(
 
     sources, texts = params.examples, params.text.sources
     skip, longest = params.on_error == "skip", params.max_field_chars
-    with new_file(rejects) as file:
+    with _workers(params.ray, context) as in_order, new_file(rejects) as file:
         rejected = Rejects(list(map(origins_of, sources)), file, skip=skip)
         text_rejected = Rejects(list(map(origins_of, texts)), file, skip=skip)
         record = ExampleRecorder(sources, params.templates, longest)
         sign = params.deduplicate.near is not None or params.leakage is not None
-        corpus = _gather(sources, record, sign, rejected, "examples", longest, context)
+        corpus = _gather(in_order, sources, record, sign, rejected, "examples", longest, context)
         stack.callback(corpus.close)
         fresh = reject_repeated_ids(corpus, rejected)
         sign = params.text.deduplicate.near is not None
-        documents = _gather(texts, TextRecorder(texts, longest), sign, text_rejected, "text", longest, context)
+        record_text = TextRecorder(texts, longest)
+        documents = _gather(in_order, texts, record_text, sign, text_rejected, "text", longest, context)
         stack.callback(documents.close)
     for of_sources, made in ((sources, corpus), (texts, documents)):
         _check_counts(of_sources, made, params.max_rejected_share, rejects)
@@ -194,7 +204,20 @@ def _select(
     return chosen, read
 
 
+@contextmanager
+def _workers(address: str | None, context: Context) -> Iterator["InOrder"]:
+    """Where rows are worked on: processes of this machine, or a Ray cluster."""
+    if address is None:
+        from tasks.data.corpus import in_order
+
+        yield partial(in_order, workers=context.compute.threads or os.cpu_count() or 1)
+    else:
+        with cluster.joined(address):
+            yield cluster.in_order
+
+
 def _gather(
+    in_order: "InOrder",
     sources: Sequence[AnySource],
     recorder: "Recorder",
     sign: bool,
@@ -204,13 +227,12 @@ def _gather(
     context: Context,
 ) -> "Corpus":
     """Read, map and check the rows of `sources`, with signatures if `sign`."""
-    from tasks.data.corpus import convert, gather, in_order
+    from tasks.data.corpus import convert, gather
 
     chunks = chain.from_iterable(
         chunks_of(source, position, context.seed, longest) for position, source in enumerate(sources)
     )
-    workers = context.compute.threads or os.cpu_count() or 1
-    batches = in_order(partial(convert, recorder, sign), chunks, workers)
+    batches = in_order(partial(convert, recorder, sign), chunks)
     with context.progress(bytes_of(sources) or None, f"prepare: bytes of {what}") as bar:
         return gather(batches, len(sources), rejects, context.work / f"{what}.jsonl", bar)
 

@@ -117,6 +117,7 @@ def reward(
         once = params.model_copy(update={"schedule": params.schedule.model_copy(update={"evaluations": 1})})
         shuffled, _ = _trained(once, some, test, _beside(context, "shuffled"))
         controls["shuffled"] = margins(shuffled)
+    context.first_alone()
     flipped = np.array([flip for each in test for flip in each.flipped])
     draws = resamples(len(test), params.bootstrap_samples, context.seed)
     prompts = preferences.prompts_of(test)
@@ -208,4 +209,5 @@ if __name__ == "__main__":
             Path("reports/reward"),
             context,
         ),
+        trains=True,
     )

@@ -35,6 +35,8 @@ for name in [
 
 SLOWEST = (  # begun first, so that no worker is left alone with one of them at the end
     "test_presets.py",
+    "test_infra_stack.py",
+    "test_ray.py",
     "test_flows_lifecycle.py",
     "test_stage_tracking.py",
     "test_flows_register.py",

@@ -64,7 +64,10 @@ class Workplace:
 
     def set(self, **sections: Any) -> None:
         """Write params.yaml (seed, compute and `sections`), and dvc.yaml with those stages."""
-        shared = {"seed": 1, "compute": {"device": "cpu", "precision": "fp32", "threads": 1}}
+        shared = {
+            "seed": 1,
+            "compute": {"device": "cpu", "precision": "fp32", "threads": 1, "processes": 1, "accelerate": None},
+        }
         (self.root / "params.yaml").write_text(yaml.safe_dump(shared | sections, sort_keys=False))
         stages = {
             name: {"cmd": f"python -m tasks.{name}", "params": ["seed", "compute", name]} for name in sections

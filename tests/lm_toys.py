@@ -13,7 +13,7 @@ from tasks.lm.scratch import build
 from tasks.stage import Compute, Context, NullTrack
 
 FAMILIES = ("t5", "llama")
-COMPUTE = Compute(device="cpu", precision="fp32", threads=1)
+COMPUTE = Compute(device="cpu", precision="fp32", threads=1, processes=1, accelerate=None)
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -18,11 +18,11 @@ EQUATIONS = {  # of packages of tasks
     "compress": {"distillation", "pruning"},
 }
 # no stage needs them, so a change makes none run again
-FOR_COMMANDS = ("tasks.registry", "tasks.labels", "tasks.playground", "tasks.planning")
+FOR_COMMANDS = ("tasks.registry", "tasks.labels", "tasks.playground", "tasks.scoring", "tasks.planning")
 SHARED_PARAMS = ["seed", "compute"]
 HEAVY = [
     "torch", "transformers", "mlflow", "matplotlib", "prefect", "dvc", "datasets", "pandas", "peft", "trl",
-    "gradio",
+    "gradio", "ray",
 ]  # fmt: skip
 
 
@@ -160,6 +160,7 @@ def test_imports_run_one_way() -> None:
             wrong.append(f"{path} imports prefect")
         in_registry = path.parts[:2] == ("tasks", "registry")
         in_playground = path.parts[:2] == ("tasks", "playground")
+        asks_models = path.parts[:2] in {("tasks", "playground"), ("tasks", "scoring")}
         for_commands = ".".join(path.parts[:2]) in FOR_COMMANDS
         if "mlflow" in tops and path != Path("tasks/stage/tracking.py") and not in_registry:
             wrong.append(f"{path} imports mlflow")
@@ -169,8 +170,8 @@ def test_imports_run_one_way() -> None:
             wrong.append(f"{path} imports gradio")
         if "flows" in tops and not in_flows:
             wrong.append(f"{path} imports flows")
-        # the playground asks models as the evaluation does, with its params, examples and worked prompts
-        if stage := names & stage_names - ({"tasks.evaluate"} if in_playground else set()):
+        # these ask models as the evaluation does, with its params, examples and worked prompts
+        if stage := names & stage_names - ({"tasks.evaluate"} if asks_models else set()):
             wrong.append(f"{path} imports a stage: {stage}")
         if in_flows:
             others = {
@@ -226,3 +227,23 @@ def test_what_is_imported_is_found_wherever_it_is_imported(tmp_path: Path) -> No
     assert {path.as_posix() for path in everything} == {
         "tasks/one.py", "tasks/shared/__init__.py", "tasks/shared/base.py", "tasks/shared/deep.py",
     }  # fmt: skip
+
+
+def test_models_bring_no_code_and_no_pickles() -> None:
+    without_weights = {"AutoConfig", "AutoTokenizer"}
+    for path in (*modules("flows"), *modules("tasks")):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert not {"pickle", "joblib", "cloudpickle", "dill"} & set(imports(path, ROOT)), path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, options = (
+                ast.unparse(call.func),
+                {word.arg: ast.unparse(word.value) for word in call.keywords},
+            )
+            assert name != "torch.load", path
+            assert "allow_pickle" not in options, path
+            if (
+                name.endswith(".from_pretrained") and name != "PeftConfig.from_pretrained"
+            ):  # that one is plain JSON
+                assert options["trust_remote_code"] == "False", path
+                opened_safely = options.get("use_safetensors") == "True"
+                assert opened_safely or name.partition(".")[0] in without_weights, path

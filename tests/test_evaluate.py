@@ -19,7 +19,7 @@ from tasks.evaluate import Params, chosen, evaluate, sample_answers, shot_prompt
 from tasks.stage import Compute, Context, DataError, NullTrack, ParamsError
 from tasks.stage.params import read_section, read_yaml, stages_of, validate
 
-COMPUTE = {"device": "cpu", "precision": "fp32", "threads": 1}
+COMPUTE = {"device": "cpu", "precision": "fp32", "threads": 1, "processes": 1, "accelerate": None}
 SECTION: dict[str, Any] = {
     "task": "summarize",
     "tuned": "finetune",

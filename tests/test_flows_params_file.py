@@ -14,7 +14,7 @@ from tasks.stage import ParamsError, Section
 PARAMS = """\
 # what runs
 seed: 1  # any integer
-compute: {device: cpu, precision: fp32, threads: null}
+compute: {device: cpu, precision: fp32, threads: null, processes: 1, accelerate: null}
 
 tune:  # the section
   # in steps

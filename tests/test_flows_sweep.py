@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import psutil
@@ -13,7 +14,8 @@ import pytest
 from prefect_server import PrefectServer
 from toy import Toy, build, until
 
-from flows import snapshot, sweep
+from flows import point, snapshot, sweep
+from flows.processes import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
 OUTCOMES = "b.outcome=wrong data,good,again once"
@@ -63,6 +65,21 @@ def test_a_stage_that_is_equal_in_all_points_runs_once(swept: tuple[Toy, dict[st
     starts = [stage for tree in trees(toy, "s") for stage in tree.starts()]
     assert starts.count("a") == 1
     assert starts.count("b") == 4, "once in each point, and once more where it was to be tried again"
+
+
+def test_two_points_that_need_the_same_stage_take_turns(tmp_path: Path) -> None:
+    """The one that comes second would find the outputs of the first; a stop ends its wait."""
+    one, other = (build(tmp_path / name, {"a": []}) for name in ("one", "other"))
+    (tmp_path / "locks").mkdir()
+    here = point.Point("s", 1, "1", {}, str(tmp_path / "locks"))
+    stop = Event()
+    stop.set()
+    with point.once(here, "a", one.root, stop):
+        with pytest.raises(Stopped), point.once(here, "a", other.root, stop):
+            pass
+        other.set("a", text="changed")
+        with point.once(here, "a", other.root, stop):
+            pass
 
 
 def test_one_failure_leaves_the_others(swept: tuple[Toy, dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_toys import COMPUTE, FAMILIES, GREEDY, METHODS, OPTIONS, PEFT_WARNING, shake, texts, toy
+from safetensors.torch import load_file
 
 from tasks.lm import peft
 from tasks.lm.model import LanguageModel, is_adapter, load, save
@@ -19,7 +20,7 @@ from tasks.lm.respond import (
     response_logits,
     response_logprobs,
 )
-from tasks.stage import ParamsError
+from tasks.stage import ParamsError, UserError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 PROMPTS = [text[: 20 + 12 * number] for number, text in enumerate(texts(6))]
@@ -64,6 +65,15 @@ def test_saved_and_opened_it_answers_the_same(
     assert respond(opened, PROMPTS, GREEDY, batch_size=6, seed=0) == answers
     untuned = response_logprobs(load(bases[family], COMPUTE), batch)
     assert not torch.allclose(response_logprobs(lm, batch), untuned, atol=1e-3)
+
+
+def test_pickled_weights_of_an_adapter_are_not_opened(bases: dict[str, Path], tmp_path: Path) -> None:
+    save(tuned(bases["llama"], "lora"), tmp_path / "tuned")
+    weights = tmp_path / "tuned" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors, and pickled weights are not opened"):
+        load(tmp_path / "tuned", COMPUTE)
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "ia3"])

@@ -75,6 +75,7 @@ def section(*examples: Row, **changes: Any) -> Row:
         "splits": {"validation": 0.1, "test": 0.1},
         "leakage": 0.8,
         "text": {"sources": [], "validation": 0.1, "deduplicate": {"exact": True, "near": None}},
+        "ray": None,
         **changes,
     }
 
@@ -108,7 +109,7 @@ class Run:
 
     def start(self, values: Mapping[str, Any], threads: int = 1, seed: int = 0) -> "Run":
         params = validate(dict(values), "prepare", Params)
-        compute = Compute(device="cpu", precision="fp32", threads=threads)
+        compute = Compute(device="cpu", precision="fp32", threads=threads, processes=1, accelerate=None)
         work = self.folder / "work"
         work.mkdir(parents=True, exist_ok=True)
         context = Context(name="prepare", seed=seed, compute=compute, work=work, track=self.track)
@@ -592,7 +593,7 @@ def test_wrong_params_name_the_key(changes: Row, expected: str, run: Run) -> Non
 
 
 def stage(folder: Path, values: Row) -> subprocess.CompletedProcess[str]:
-    compute = {"device": "cpu", "precision": "fp32", "threads": 1}
+    compute = {"device": "cpu", "precision": "fp32", "threads": 1, "processes": 1, "accelerate": None}
     params = {"seed": 0, "compute": compute, "prepare": values}
     (folder / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
     (folder / "dvc.yaml").write_text(

@@ -171,7 +171,10 @@ def workspace(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
     mlflow.set_tracking_uri(mlflow_store)
     monkeypatch.chdir(tmp_path)
     register = yaml.safe_load((ROOT / "params.yaml").read_text())["register"] | {"name": "toy"}
-    shared = {"seed": 1, "compute": {"device": "cpu", "precision": "fp32", "threads": 1}}
+    shared = {
+        "seed": 1,
+        "compute": {"device": "cpu", "precision": "fp32", "threads": 1, "processes": 1, "accelerate": None},
+    }
     Path("params.yaml").write_text(yaml.safe_dump(shared | {"register": register, "promote": SECTION}))
     monkeypatch.setattr(promote, "seconds", lambda models, prompts, repeats: np.ones((len(models), 2)) * 0.5)
     version(tmp_path, 1, 0.8)

@@ -13,7 +13,7 @@ from tasks.rlhf.scoring import weighted_sum
 from tasks.rlhf.settings import LengthPart, ModelPart, OraclePart
 from tasks.stage import Compute
 
-COMPUTE = Compute(device="cpu", precision="fp32", threads=None)
+COMPUTE = Compute(device="cpu", precision="fp32", threads=None, processes=1, accelerate=None)
 ANSWERS = ["the fool #Person1# asks", "#Person1# asks", "#Person1# asks #Person2# to call the office"]
 ASKED = EXAMPLES[:3]
 

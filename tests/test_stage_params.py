@@ -13,7 +13,7 @@ from tasks.stage.params import check_all, check_sections, read_section, read_sha
 
 GOOD = """\
 seed: 7
-compute: {device: auto, precision: fp32, threads: null}
+compute: {device: auto, precision: fp32, threads: null, processes: 1, accelerate: null}
 toy:
   rate: 1e-3
   steps: 10

@@ -64,7 +64,11 @@ def toy(params, context):
 if __name__ == "__main__":
     run_stage("toy", Params, toy, torch=False)
 """
-PARAMS = "seed: 5\ncompute: {device: auto, precision: auto, threads: null}\ntoy: {does: DOES}\n"
+PARAMS = """
+seed: 5
+compute: {device: auto, precision: auto, threads: null, processes: 1, accelerate: null}
+toy: {does: DOES}
+"""
 GRAPH = "stages:\n  toy:\n    cmd: COMMAND\n    deps: [toy.py]\n    params: [seed, compute, toy]\n"
 
 
@@ -297,7 +301,7 @@ from tasks.stage import Compute
 from tasks.stage.determinism import prepare_torch
 drawn = []
 for _ in range(2):
-    prepare_torch(7, Compute(device="cpu", precision="fp32", threads=1))
+    prepare_torch(7, Compute(device="cpu", precision="fp32", threads=1, processes=1, accelerate=None))
     drawn.append((random.random(), numpy.random.rand(), torch.rand(3).tolist()))
 print(drawn[0] == drawn[1], torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 """

@@ -59,7 +59,7 @@ SECONDS = 120
 TOKEN = "hf_" + "Secret42" * 4
 PARAMS = f"""\
 seed: 5
-compute: {{device: auto, precision: auto, threads: null}}
+compute: {{device: auto, precision: auto, threads: null, processes: 1, accelerate: null}}
 toy: {{steps: 3, hub_token: {TOKEN}, source: "https://me:hunter2@example.org/rows"}}
 """
 OF_MLFLOW = pytest.mark.filterwarnings("ignore")  # what MLflow warns of when it is called in this process

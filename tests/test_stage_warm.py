@@ -57,7 +57,7 @@ forked = warm.serve("\\0" + sys.argv[1], int(sys.argv[2]))
 if forked is not None:
     warm.become(*forked)
 """
-SHARED = "seed: 5\ncompute: {device: cpu, precision: auto, threads: 1}\n"
+SHARED = "seed: 5\ncompute: {device: cpu, precision: auto, threads: 1, processes: 1, accelerate: null}\n"
 SECONDS = 60
 
 

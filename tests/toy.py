@@ -213,7 +213,10 @@ def build(
     (root / "tasks" / "__init__.py").write_text(PACKAGE)
     (root / "tasks" / "behaviour.py").write_text(BEHAVIOUR)
     stages = {}
-    params: dict[str, Any] = {"seed": 1, "compute": {"device": "cpu", "precision": "fp32", "threads": 1}}
+    params: dict[str, Any] = {
+        "seed": 1,
+        "compute": {"device": "cpu", "precision": "fp32", "threads": 1, "processes": 1, "accelerate": None},
+    }
     for name, parents in graph.items():
         inputs = [f"data/{parent}.txt" for parent in parents]
         (root / "tasks" / f"{name}.py").write_text(STAGE.format(name=name, inputs=inputs))

@@ -50,7 +50,8 @@ def train_on_policy(
             "encoder; set it to soft"
         )
     sizes = sizes_of(pairs, schedule)
-    plan = batches(sizes, schedule, context.seed)
+    rows_at_once = schedule.rows_on_each(context.place.processes)
+    plan = batches(sizes, schedule, context.seed, context.place.processes)
     arguments = partial(
         _Arguments,
         lmbda=options["share"],
@@ -61,7 +62,8 @@ def train_on_policy(
 
     def trainer(arguments: _Arguments) -> Trainer:
         return _OnPolicyTrainer(
-            held_out_loss=lambda: mean_loss(student, held_out, schedule.rows_at_once),
+            place=context.place,
+            held_out_loss=lambda: mean_loss(student, held_out, rows_at_once),
             model=student.model,
             teacher_model=teacher.model,
             args=arguments,

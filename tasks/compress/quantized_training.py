@@ -38,12 +38,14 @@ def train_rounded(
     """
     teacher = deepcopy(lm.model).eval().requires_grad_(False)
     sizes = sizes_of(pairs, schedule)
-    plan = batches(sizes, schedule, context.seed)
+    rows_at_once = schedule.rows_on_each(context.place.processes)
+    plan = batches(sizes, schedule, context.seed, context.place.processes)
 
     def trainer(arguments: TrainingArguments) -> Trainer:
         return _RoundedTrainer(
             teacher=teacher,
-            held_out_loss=lambda: mean_loss(lm, held_out, schedule.rows_at_once),
+            place=context.place,
+            held_out_loss=lambda: mean_loss(lm, held_out, rows_at_once),
             model=lm.model,
             args=arguments,
             train_dataset=_MicroBatches([[pairs[draw % len(pairs)] for draw in part] for part in plan]),

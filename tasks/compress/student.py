@@ -48,14 +48,16 @@ def train_student(
     loss is that of the labels alone. Resumes, and raises, as `train`.
     """
     sizes = sizes_of(pairs, schedule)
-    plan = batches(sizes, schedule, context.seed)
+    rows_at_once = schedule.rows_on_each(context.place.processes)
+    plan = batches(sizes, schedule, context.seed, context.place.processes)
 
     def trainer(arguments: TrainingArguments) -> Trainer:
         return _StudentTrainer(
             student=student,
             teacher=teacher,
             weights=weights,
-            held_out_loss=lambda: mean_loss(student, held_out, schedule.rows_at_once),
+            place=context.place,
+            held_out_loss=lambda: mean_loss(student, held_out, rows_at_once),
             model=student.model,
             args=arguments,
             train_dataset=Dataset.from_dict({"batch": list(range(len(plan)))}),

@@ -82,6 +82,8 @@ class Batch:
 
 Recorder = Callable[[int, int, int, Any], Record]
 """(source, origin, number, row) -> record; raises Fault."""
+InOrder = Callable[[Callable[[Chunk], Batch], Iterator[Chunk]], Generator[Batch]]
+"""What each chunk became, in the order of the chunks."""
 
 
 def convert(record: Recorder, sign: bool, chunk: Chunk) -> Batch:
@@ -283,9 +285,10 @@ def gather(batches: Generator[Batch], sources: int, rejects: Rejects, path: Path
             for problem in batch.problems:
                 rejects.report(problem)
             numbers = [tasks.setdefault(task, len(tasks)) for task in batch.tasks]
-            if len(batch.rows):
-                batch.rows["task"] = np.array(numbers, dtype=np.uint16)[batch.rows["task"]]
-            tables.append(batch.rows)
+            figures = batch.rows.copy()  # Ray's lie in its store and cannot be written to
+            if len(figures):
+                figures["task"] = np.array(numbers, dtype=np.uint16)[figures["task"]]
+            tables.append(figures)
             lines.write(batch.lines)
             if batch.signatures is not None:
                 signed = True

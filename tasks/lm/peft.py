@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tasks.lm.device import device, precision
 from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, attach, is_adapter, load_model
-from tasks.stage import Compute, ParamsError
+from tasks.stage import Compute, ParamsError, UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -153,9 +153,15 @@ def base_of(folder: Path) -> str:
 
 
 def open_adapter(base: "PreTrainedModel", folder: Path, trainable: bool) -> "PeftModel":
-    """Put the adapter in `folder` on `base`."""
+    """Put the adapter in `folder` on `base`. Raises UserError when its weights are not in safetensors."""
     from peft import PeftConfig
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would look for pickled ones
+        raise UserError(
+            f"the adapter {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and pickled weights are not opened: "
+            "save it again with safetensors"
+        )
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
     config.base_model_name_or_path = base.name_or_path  # the base may lie elsewhere than at training

@@ -428,7 +428,7 @@ def likelihoods(
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in batches_by_length(lengths, batch_size):
         batch = collate(lm, [prompts[row] for row in rows], [responses[row] for row in rows])
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode weights that lie in parts could not be gathered again
             sums = response_logprobs(lm, batch).double().sum(dim=1).tolist()
         found |= {row: Likelihood(-total, len(responses[row])) for row, total in zip(rows, sums, strict=True)}
         if progress is not None:

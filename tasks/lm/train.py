@@ -3,7 +3,8 @@
 Added to the Trainer: batches of similar length; a loss over response tokens only, the mean over all of them
 in the global batch, so that accumulation changes nothing; checkpoints that are verified before they are
 resumed; a stop on request that saves first. On a CPU an interrupted run ends with the bytes of an
-uninterrupted one.
+uninterrupted one. In several processes each takes its part of every batch; the batches, and the loss, are those
+of one.
 """
 
 import resource
@@ -13,11 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,12 +31,15 @@ from tasks.lm.device import device, precision
 from tasks.lm.model import LanguageModel
 from tasks.lm.respond import IGNORED, collate, likelihoods, model_inputs
 from tasks.lm.schedule import Schedule
+from tasks.lm.sharded import in_parts, make_whole, shares_embeddings, shell_of
 from tasks.stage import Context, ParamsError, checkpoints
+from tasks.stage.place import Place
 from tasks.stage.progress import Bar
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response
 Sizes = NDArray[np.int64]  # [draws, 2], the tokens of prompt and response of every draw (epoch * rows + row)
 Row = dict[str, float]
+T = TypeVar("T")
 
 LOSS_COLUMNS = ("step", "loss", "grad_norm", "learning_rate")
 EVALUATION_COLUMNS = ("step", "eval_loss")
@@ -74,11 +80,14 @@ def train(
     checkpoint was written on request.
     """
     sizes = _sizes(pair(draw) for draw in range(schedule.whole_epochs * rows))
-    plan = batches(sizes, schedule, context.seed, sort_responses=sort_responses)
+    processes = context.place.processes
+    rows_at_once = schedule.rows_on_each(processes)
+    plan = batches(sizes, schedule, context.seed, processes, sort_responses=sort_responses)
 
     def trainer(arguments: TrainingArguments) -> Trainer:
         return _ResponseTrainer(
-            held_out_loss=lambda: mean_loss(lm, held_out, schedule.rows_at_once),
+            place=context.place,
+            held_out_loss=lambda: mean_loss(lm, held_out, rows_at_once),
             model=lm.model,
             args=arguments,
             train_dataset=_Plan(plan, pair),
@@ -102,7 +111,7 @@ def fit(
     `plan` are the micro-batches, which `batches` made of the `sizes`. Resumes, and raises, as `train`.
     """
     disable_progress_bar()
-    steps = len(plan) * schedule.rows_at_once // schedule.batch_size
+    steps = len(plan) * schedule.rows_on_each(context.place.processes) // schedule.batch_size
     if steps == 0:
         raise ParamsError(
             f"{context.name}: {len(sizes) // schedule.whole_epochs} examples x {schedule.epochs} epochs do not "
@@ -113,6 +122,13 @@ def fit(
     start = checkpoints.newest_verified(context.work)
     trainer = trainer_with(_arguments(arguments, schedule, learning_rate, steps, context))
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled and shares_embeddings(trainer.model):
+        kind = trainer.model.config.model_type
+        raise ParamsError(
+            f"compute.accelerate: {context.compute.accelerate} cannot part a {kind}, whose encoder and decoder "
+            "share their embeddings; use ddp, zero2 or zero3"
+        )
+    shell = shell_of(trainer.model) if in_parts(trainer) else None
     with context.progress(steps, f"{context.name}: training") as bar:
         watch = _Watch(
             context=context,
@@ -127,6 +143,8 @@ def fit(
         trainer.add_callback(watch)
         with context.save_on_stop():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if shell is not None:
+        make_whole(trainer.model, shell)
     trainer.model.eval()
     return Training(
         steps=steps,
@@ -144,25 +162,28 @@ def sizes_of(pairs: Sequence[Pair], schedule: Schedule) -> Sizes:
     return np.tile(_sizes(pairs), (schedule.whole_epochs, 1))
 
 
-def batches(sizes: Sizes, schedule: Schedule, seed: int, *, sort_responses: bool = False) -> list[list[int]]:
-    """Micro-batches of draws (epoch * rows + row), in the order they are trained on.
+def batches(
+    sizes: Sizes, schedule: Schedule, seed: int, processes: int = 1, *, sort_responses: bool = False
+) -> list[list[int]]:
+    """Micro-batches of draws (epoch * rows + row), in the order they are trained on; `processes` take turns.
 
     Each epoch sees every row once, in a new order; rows with prompts of similar length share a batch. With
     `sort_responses` their responses are similar too, which saves padding where lengths vary much, but parts
     the tasks of a mixture from each other: batches of one task each teach less. What does not fill a last batch
-    is left out. The micro-batch size changes how a batch is cut, never what is in it.
+    is left out. Micro-batches and processes change how a batch is cut, never what is in it.
     """
     generator = np.random.default_rng(seed)
     rows, size = len(sizes) // schedule.whole_epochs, schedule.batch_size
     epochs = [generator.permutation(rows) + epoch * rows for epoch in range(schedule.whole_epochs)]
     draws = np.concatenate(epochs)[: int(rows * schedule.epochs) // size * size]
+    rows_at_once = schedule.rows_on_each(processes)
     planned: list[list[int]] = []
     for window in _cut(draws, size * BATCHES_PER_WINDOW):
         ordered = _longest_first(window, sizes[:, 0])
         if sort_responses:
             strips = _cut(ordered, size * BATCHES_PER_STRIP)
             ordered = np.concatenate([_longest_first(strip, sizes[:, 1]) for strip in strips])
-        planned += generator.permutation(ordered.reshape(-1, size)).reshape(-1, schedule.rows_at_once).tolist()
+        planned += generator.permutation(ordered.reshape(-1, size)).reshape(-1, rows_at_once).tolist()
     return planned
 
 
@@ -218,11 +239,14 @@ class _Plan(Dataset[list[Pair]]):
 
 
 class HeldOutLoss(Trainer):  # type: ignore[misc]
-    """A Trainer that evaluates by asking for one number."""
+    """A Trainer that evaluates by asking for one number, and in several processes lets the first alone write.
 
-    def __init__(self, *, held_out_loss: Callable[[], float], **arguments: Any) -> None:
+    Weights that are in parts on several processes are evaluated by all of them, so all are asked.
+    """
+
+    def __init__(self, *, place: Place, held_out_loss: Callable[[], float], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._held_out_loss = held_out_loss
+        self._place, self._held_out_loss = place, held_out_loss
 
     def evaluate(self, *_: Any, **__: Any) -> Row:
         """The held-out loss."""
@@ -230,6 +254,37 @@ class HeldOutLoss(Trainer):  # type: ignore[misc]
         self.log(found)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The first process writes the random states of all."""
+        if self._place.processes == 1:
+            super()._save_rng_state(output_dir)
+            return
+        with TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            states = {file.name: file.read_bytes() for file in Path(own).iterdir()}
+        for each in self._place.gather(states):
+            for name, state in each.items() if self._place.rank == 0 else ():
+                (Path(output_dir) / name).write_bytes(state)
+
+
+def through(model: torch.nn.Module, compute: Callable[[], T]) -> T:
+    """`compute()`, which calls parts of `model`, as a call of `model` itself.
+
+    What wraps a model for several processes is told of a pass by a call of it, and only then joins gradients.
+    """
+    inner = extract_model_from_parallel(model)
+    own = vars(inner).get("forward")  # what mixed precision has put there
+
+    def instead(*_: Any, **__: Any) -> T:
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
+        return compute()
+
+    inner.forward = instead
+    return cast("T", model())
 
 
 class _ResponseTrainer(HeldOutLoss):
@@ -287,7 +342,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._bar.advance()
         if state.global_step in self._evaluate_at:
             control.should_evaluate = True
-        if self._context.stopping and state.global_step % self._stop_at_multiples_of == 0:
+        if state.global_step % self._stop_at_multiples_of == 0 and self._context.stopping:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Row, **_: Any) -> None:
@@ -296,7 +351,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._context.track.metrics(losses, step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._context.place.wait()  # for parts of weights that others write
+        if self._context.place.rank == 0:
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _trainer_inputs(lm: LanguageModel, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -314,12 +371,13 @@ def _arguments(
     context: Context,
 ) -> TrainingArguments:
     on_cpu = device(context.compute).type == "cpu"
+    processes = context.place.processes
     return arguments(
         output_dir=str(context.work),
         seed=context.seed,
         num_train_epochs=1,  # the plan holds all of them
         per_device_train_batch_size=1,  # an item of the plan is a micro-batch
-        gradient_accumulation_steps=schedule.batch_size // schedule.rows_at_once,
+        gradient_accumulation_steps=schedule.batch_size // (schedule.rows_on_each(processes) * processes),
         train_sampling_strategy="sequential",
         learning_rate=learning_rate,
         lr_scheduler_type="linear",

@@ -165,7 +165,7 @@ class Playground:
             if folder not in self._models:
                 from tasks.lm.peft import merged_to_answer
 
-                self._models[folder] = merged_to_answer(_open(folder, self._compute))
+                self._models[folder] = merged_to_answer(open_folder(folder, self._compute))
             return self._models[folder]
 
     @staticmethod
@@ -269,7 +269,7 @@ def pieces(lm: "LanguageModel", ids: Sequence[int]) -> list[str]:
     return found
 
 
-def _open(folder: Path, compute: Compute) -> "LanguageModel":
+def open_folder(folder: Path, compute: Compute) -> "LanguageModel":
     """A model of the pipeline, or one as it lies in the registry: an adapter there has its base beside it."""
     from tasks.lm.model import attach, load
 
@@ -277,4 +277,4 @@ def _open(folder: Path, compute: Compute) -> "LanguageModel":
         return load(folder, compute)
     from tasks.lm.peft import open_adapter
 
-    return attach(open_adapter(_open(folder / BASE, compute).model, folder, trainable=False), folder)
+    return attach(open_adapter(open_folder(folder / BASE, compute).model, folder, trainable=False), folder)

@@ -25,6 +25,7 @@ from tasks.rlhf.policy import Policy
 from tasks.rlhf.rewards import k1, penalise_unfinished
 from tasks.rlhf.rollout import Responses, Reward, part, respond_by_sampling
 from tasks.rlhf.settings import Rollouts
+from tasks.stage.place import ALONE, Place
 
 ROUNDING = 1e-6  # of a mean of float32 rewards
 
@@ -40,23 +41,32 @@ class Held(NamedTuple):
 
 
 def health(
-    policy: Policy, reward: Reward, toxicity: Scorer, held: Held, rollouts: Rollouts, step: int
+    policy: Policy,
+    reward: Reward,
+    toxicity: Scorer,
+    held: Held,
+    rollouts: Rollouts,
+    step: int,
+    place: Place = ALONE,
 ) -> tuple[Health, list[str]]:
     """What the guard compares, after `step` steps, and the answers themselves.
 
     The same prompts are answered with the same random numbers each time, so that two looks differ by the
-    policy.
+    policy. Several processes share the prompts; each is told the same of all.
     """
-    responses = respond_by_sampling(policy, held.prompts, held.uniforms, rollouts.batch_size)
-    kl = divergences(policy, held.prompts, responses, rollouts.batch_size)
-    answers = responses.answers
+    examples, prompts = place.part(held.examples), place.part(held.prompts)
+    responses = respond_by_sampling(policy, prompts, place.part(held.uniforms), rollouts.batch_size)
+    answers = place.together(responses.answers)
+    proxy = place.together(reward(examples, responses.answers).total)
+    kl = place.together(divergences(policy, prompts, responses, rollouts.batch_size).tolist())
+    lengths = place.together(responses.mask.sum(dim=1).tolist())
     found = Health(
         step=step,
-        proxy=sum(reward(held.examples, answers).total) / len(answers),
+        proxy=sum(proxy) / len(answers),
         gold=tuple(gold(held.examples, answers)),
-        toxicity=tuple(toxicity(answers).tolist()),
-        kl=float(kl.mean()),
-        length=float(responses.mask.sum(dim=1).double().mean()),
+        toxicity=tuple(place.together(toxicity(responses.answers).tolist())),
+        kl=float(torch.tensor(kl).mean()),
+        length=float(torch.tensor(lengths).double().mean()),
         distinct_2=distinct_2(answers),
     )
     return found, answers

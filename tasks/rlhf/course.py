@@ -74,16 +74,23 @@ class Course:
                 bar.advance(reward=seen["reward"], kl=seen["kl"])
                 if self.steps_done % self._watch.every == 0 or self.steps_done == steps:
                     self.look(context)
-                if self.steps_done % checkpoint_every == 0 or context.stopping:
+                stopping = context.stopping
+                if (self.steps_done % checkpoint_every == 0 or stopping) and context.place.rank == 0:
                     self.save(context.work)
-                if context.stopping:
+                if stopping:
                     return
         self.stopped_because = self.stopped_because or "all steps were taken"
 
     def look(self, context: Context) -> None:
         """Look at the held-out prompts, and do what the guard says."""
         seen, answers = health(
-            self.ppo.policy, self.ppo.reward, self._toxicity, self.held, self.ppo.rollouts, self.steps_done
+            self.ppo.policy,
+            self.ppo.reward,
+            self._toxicity,
+            self.held,
+            self.ppo.rollouts,
+            self.steps_done,
+            context.place,
         )
         row = {
             "step": seen.step,

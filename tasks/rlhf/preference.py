@@ -8,6 +8,7 @@ transformers' Trainer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from trl import RewardConfig, RewardTrainer
 from tasks.data.records import Comparisons
 from tasks.lm.classifier import Classifier, Text
 from tasks.lm.schedule import Schedule
-from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, sizes_of
+from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, sizes_of, through
 from tasks.rlhf.losses import preference_loss
 from tasks.stage import Context
 
@@ -61,13 +62,15 @@ def train_on_preferences(
     `language_loss` is the weight of the loss of the preferred answers' tokens beside that of the pairs.
     """
     sizes = sizes_of([row.read for row in rows], schedule)
-    plan = batches(sizes, schedule, context.seed, sort_responses=True)
+    rows_at_once = schedule.rows_on_each(context.place.processes)
+    plan = batches(sizes, schedule, context.seed, context.place.processes, sort_responses=True)
 
     def trainer(arguments: _Arguments) -> Trainer:
         return _PreferenceTrainer(
             classifier=classifier,
             language_loss=language_loss,
-            held_out_loss=lambda: mean_loss(classifier, held_out, schedule.rows_at_once),
+            place=context.place,
+            held_out_loss=lambda: mean_loss(classifier, held_out, rows_at_once),
             model=classifier.model,
             args=arguments,
             processing_class=classifier.tokenizer,
@@ -103,13 +106,14 @@ def mean_loss(classifier: Classifier, rows: Sequence[Element], batch_size: int) 
     was_training = classifier.model.training
     classifier.model.eval()
     total = 0.0
-    with torch.inference_mode():
+    with torch.no_grad():  # as in tasks.lm.respond.likelihoods
         for at in range(0, len(rows), batch_size):
             some = rows[at : at + batch_size]
             batch = {
                 name: each.to(classifier.model.device) for name, each in _collate(classifier, some).items()
             }
-            total += float(losses(classifier, batch).preference) * len(some)
+            found = through(classifier.model, partial(losses, classifier, batch))
+            total += float(found.preference) * len(some)
     classifier.model.train(was_training)
     return total / len(rows)
 
@@ -138,10 +142,14 @@ class _PreferenceTrainer(HeldOutLoss, RewardTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        found = losses(self._classifier, inputs)
+        found = through(model, partial(losses, self._classifier, inputs))
         if found.language is None:
             return found.preference
-        return found.preference + self._language_loss * found.language
+        weight = self._language_loss
+        if self._place.processes > 1:  # a mean over all pairs, of which each process may have its own number
+            pairs = self._place.gather(len(inputs["better"]))
+            weight *= len(inputs["better"]) * len(pairs) / sum(pairs)
+        return found.preference + weight * found.language
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """A checkpoint needs none."""

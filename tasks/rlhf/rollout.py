@@ -18,6 +18,7 @@ from tasks.data.records import Example
 from tasks.lm.model import LanguageModel
 from tasks.lm.respond import Batch, batches_by_length, collate, read_prompts, response_hidden, sample
 from tasks.rlhf.policy import Policy, reads_once
+from tasks.stage.place import Place
 
 
 class Scores(NamedTuple):
@@ -114,6 +115,39 @@ def collect(
                 values[rows, :width] = policy.values(response_hidden(policy.critic, batch)).cpu() * mask
     scores = reward(examples, responses.answers)
     return Rollout(prompts, responses, ref_logprobs, scores, states)
+
+
+def joined(rollout: Rollout, prompts: Sequence[Sequence[int]], place: Place) -> Rollout:
+    """The episodes of all processes, which answered their shares of `prompts`; this one's own in `rollout`.
+
+    What an encoder made of a prompt stays with the process that has read it: elsewhere it is empty.
+    """
+    if place.processes == 1:
+        return rollout
+    own, share = rollout.responses, place.share(len(prompts))
+    every = place.gather(own._replace(prompt_states=None))
+    responses = Responses(
+        response_ids=_stacked([each.response_ids for each in every]),
+        mask=_stacked([each.mask for each in every]),
+        logprobs=_stacked([each.logprobs for each in every]),
+        values=_stacked([each.values for each in every]),
+        ended=torch.cat([each.ended for each in every]),
+        answers=[answer for each in every for answer in each.answers],
+        prompt_states=_at(share, len(prompts), own.prompt_states),
+    )
+    scores = Scores(
+        place.together(rollout.scores.total),
+        {name: place.together(values) for name, values in rollout.scores.parts.items()},
+    )
+    references = _stacked(place.gather(rollout.ref_logprobs))
+    return Rollout(prompts, responses, references, scores, _at(share, len(prompts), rollout.critic_states))
+
+
+def _at(rows: range, count: int, states: list[Tensor] | None) -> list[Tensor] | None:
+    """A list of `count` tensors, `states` at `rows` and empty ones elsewhere; None of None."""
+    if states is None:
+        return None
+    return [torch.empty(0)] * rows.start + states + [torch.empty(0)] * (count - rows.stop)
 
 
 @torch.no_grad()

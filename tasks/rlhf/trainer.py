@@ -1,7 +1,9 @@
 """Proximal policy optimisation of a language model (arXiv 1707.06347, as in 1909.08593 and 2203.02155).
 
 `Ppo.step` is one step of the algorithm: answer, score, estimate advantages, update. Its random numbers come
-from the seed and the number of the step, so that the step count is all the random state there is.
+from the seed and the number of the step, so that the step count is all the random state there is. In several
+processes each answers its share of the prompts and learns from its own answers; what is estimated, and every
+update, is that of all episodes.
 """
 
 import math
@@ -18,8 +20,9 @@ from tasks.rlhf.losses import explained_variance, policy_loss, value_loss
 from tasks.rlhf.masked import masked_mean, masked_sum, whiten
 from tasks.rlhf.policy import Policy
 from tasks.rlhf.rewards import adaptive_beta, k1, k3, penalise_unfinished, token_rewards
-from tasks.rlhf.rollout import Reward, Rollout, collect, padded, part
+from tasks.rlhf.rollout import Reward, Rollout, collect, joined, padded, part
 from tasks.rlhf.settings import Kl, Rollouts, Update
+from tasks.stage.place import ALONE, Place
 
 ADAM_EPS = 1e-5  # arXiv 2403.17031, detail 17
 
@@ -42,14 +45,23 @@ class Ppo:
         policy: what is trained, in place.
         reward: what answers are worth.
         steps: how many steps there will be, for the learning rate.
+        place: which of the processes that train the same policy this one is.
     """
 
     def __init__(
-        self, policy: Policy, reward: Reward, kl: Kl, rollouts: Rollouts, update: Update, steps: int, seed: int
+        self,
+        policy: Policy,
+        reward: Reward,
+        kl: Kl,
+        rollouts: Rollouts,
+        update: Update,
+        steps: int,
+        seed: int,
+        place: Place = ALONE,
     ) -> None:
         self.policy, self.reward, self.kl, self.rollouts, self.settings = policy, reward, kl, rollouts, update
         self.beta = kl.beta
-        self._steps, self._seed = steps, seed
+        self._steps, self._seed, self._place = steps, seed, place
         self._named = dict(policy.parameters())
         acting = [each for name, each in self._named.items() if name.startswith("policy.")]
         valuing = [each for name, each in self._named.items() if not name.startswith("policy.")]
@@ -65,7 +77,9 @@ class Ppo:
         for group, rate in zip(self._optimizer.param_groups, self.learning_rates(number), strict=True):
             group["lr"] = rate
         uniforms = torch.rand(len(prompts), self.rollouts.max_response_tokens, generator=generator)
-        rollout = collect(self.policy, self.reward, examples, prompts, uniforms, self.rollouts.batch_size)
+        shared = self._place.part(examples), self._place.part(prompts), self._place.part(uniforms)
+        answered = collect(self.policy, self.reward, *shared, self.rollouts.batch_size)
+        rollout = joined(answered, prompts, self._place)
         responses, mask = rollout.responses, rollout.mask
         scores = penalise_unfinished(
             torch.tensor(rollout.scores.total), responses.ended, self.rollouts.unfinished_penalty
@@ -85,15 +99,17 @@ class Ppo:
 
     def _update(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> Change:
         """One optimizer step on the episodes at `rows`: the mean over all their tokens, however they are
-        cut up.
+        cut up, by micro-batches and by processes.
         """
         settings, old = self.settings, rollout.responses
         tokens = int(rollout.mask[rows].sum())
         size = settings.micro_batch_size or len(rows)
         sums = torch.zeros(len(Change._fields))
         self._optimizer.zero_grad()
-        for at in range(0, len(rows), size):
-            some = rows[at : at + size]
+        share = self._place.share(len(rollout.prompts))
+        own = [row for row in rows if row in share]
+        for at in range(0, len(own), size):
+            some = own[at : at + size]
             batch, width = part(self.policy, rollout.prompts, old, some)
             new = self.policy.evaluate(batch, padded(rollout.critic_states, some))
             mask, device = batch.response_mask.to(new.logprobs.device), new.logprobs.device
@@ -107,9 +123,23 @@ class Ppo:
                 [acting.total, valuing.total, masked_sum(new.entropy, mask), acting.clipped, valuing.clipped,
                  acting.kl]
             ).detach().cpu()  # fmt: skip
+        if self._place.processes > 1:
+            self._place.add(sums)
+            self._add_gradients()
         torch.nn.utils.clip_grad_norm_(self._named.values(), settings.max_grad_norm)
         self._optimizer.step()
         return Change(*(sums / tokens).tolist())
+
+    def _add_gradients(self) -> None:
+        """Replace each gradient by its sum over the processes; one without episodes in the minibatch adds 0."""
+        parameters = list(self._named.values())
+        flat = torch.cat(
+            [(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in parameters]
+        )
+        self._place.add(flat)
+        found = torch.split(flat, [each.numel() for each in parameters])
+        for each, gradient in zip(parameters, found, strict=True):
+            each.grad = gradient.view_as(each)
 
     def learning_rates(self, number: int) -> tuple[float, float]:
         """The learning rates of the policy and of the value function at step `number`."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from tasks.stage.errors import Interrupted
+from tasks.stage.errors import Helped, Interrupted
 from tasks.stage.params import Compute
+from tasks.stage.place import ALONE, Place
 from tasks.stage.progress import Bar, progress
 from tasks.stage.track import Track
 
@@ -55,7 +56,8 @@ class Context:
     """What a stage gets besides its params and paths.
 
     `work` is the checkpoint folder of exactly these inputs and params (its fingerprint): what lies there may be
-    resumed. `track` records the run.
+    resumed. `track` records the run. `place` says whether this process is alone or which of several that train
+    together.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Context:
     track: Track
     stop: Stop = field(default_factory=Stop)
     progress_file: Path | None = None
+    place: Place = ALONE
 
     def progress(self, total: int | None, description: str) -> AbstractContextManager[Bar]:
         """A bar with the time left, on stderr; use it for anything that takes over 2 s."""
@@ -72,8 +75,18 @@ class Context:
 
     @property
     def stopping(self) -> bool:
-        """Whether the stage was asked to stop: save a checkpoint and leave the `save_on_stop` block."""
+        """Whether the stage was asked to stop: save a checkpoint and leave the `save_on_stop` block.
+
+        All processes of a stage ask at the same point, and all get the same answer.
+        """
+        if self.place.any(self.stop.signal_number is not None) and self.stop.signal_number is None:
+            self.stop.signal_number = signal.SIGTERM  # another process has heard of it first
         return self.stop.signal_number is not None
+
+    def first_alone(self) -> None:
+        """From here on nothing is done together: the first process goes on alone, and all others end well."""
+        if self.place.rank > 0:
+            raise Helped
 
     @contextmanager
     def save_on_stop(self) -> Iterator[None]:

@@ -40,6 +40,18 @@ class Interrupted(BaseException):
         self.signal_number = signal_number
 
 
+class Helped(BaseException):
+    """A process of the stage other than the first has nothing left to do."""
+
+
+class ProcessEnded(Exception):  # noqa: N818
+    """A process of the stage ended otherwise than well, with `code`, and has said why in words for people."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a command that ends with `error`."""
     match error:
@@ -51,6 +63,8 @@ def exit_code(error: BaseException) -> int:
             return 75
         case Interrupted():
             return 128 + error.signal_number
+        case ProcessEnded():
+            return error.code
     return 75 if disk_is_full(error) else 1
 
 
@@ -71,7 +85,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 def told(error: BaseException) -> str:
     """What the person at the terminal is told about `error`, in one line."""
-    if exit_code(error) == 75 and not isinstance(error, TryAgain):
+    if exit_code(error) == 75 and not isinstance(error, TryAgain | ProcessEnded):
         return f"the disk is full ({one_line(error)}): make room and run again"
     return one_line(error)
 

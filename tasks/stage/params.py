@@ -9,9 +9,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 
 from tasks.stage.errors import ParamsError, one_line
@@ -37,11 +37,17 @@ class Section(BaseModel):
 
 
 class Compute(Section):
-    """Where and how tensors are computed; `threads` null leaves the number to torch."""
+    """Where and how tensors are computed; `threads` (of each process) null leaves the number to torch.
+
+    Stages that train do so in that many `processes`, over all machines, started by `accelerate launch` with the
+    configuration `accelerate`: the name of one in infra/accelerate/, or a path (null: ddp).
+    """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16"]
     threads: PositiveInt | None
+    processes: PositiveInt
+    accelerate: Annotated[str, Field(min_length=1)] | None
 
 
 class Shared(Section):

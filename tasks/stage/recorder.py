@@ -39,22 +39,33 @@ class Recorder:
     def __init__(
         self, name: str, tags: Mapping[str, str], parent: str | None = None, spool: Path = SPOOL
     ) -> None:
-        self.id = f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{uuid.uuid4().hex[:12]}"
-        self.folder = spool / self.id
+        self._open(spool / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{uuid.uuid4().hex[:12]}", new=True)
+        self._write({"kind": "start", "name": name, "tags": redacted(dict(tags)), "parent": parent})
+
+    @classmethod
+    def joining(cls, folder: Path) -> "Recorder":
+        """Adds to the record in `folder`, which another process has begun, handed over, and will end."""
+        recorder = cls.__new__(cls)
+        recorder._open(folder, new=False)
+        return recorder
+
+    def _open(self, folder: Path, *, new: bool) -> None:
+        self.id, self.folder = folder.name, folder
         self._lock = threading.Lock()
         self._alive = Lock(self.folder / "writer")
         self._started = time.monotonic()
         self._sampled = 0.0
         self._step = 0
+        self._handed_over = False
         self._events: int | None = None
         self._sender: subprocess.Popen[str] | None = None
         try:
-            (self.folder / "files").mkdir(parents=True)
-            self._alive.acquire()
+            if new:
+                (self.folder / "files").mkdir(parents=True)
+                self._alive.acquire()
             self._events = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             self._give_up(error)
-        self._write({"kind": "start", "name": name, "tags": redacted(dict(tags)), "parent": parent})
 
     def start_sending(self) -> None:
         """Start the process that sends the events on while they come in."""
@@ -104,16 +115,26 @@ class Recorder:
         """Tag another run, named by its recording's id."""
         self._write({"kind": "tag_run", "run": run, "values": redacted(dict(values))})
 
+    def hand_over(self) -> Path:
+        """Leave the measuring of memory to the process that will join the record in the folder returned."""
+        self._handed_over = True
+        return self.folder
+
+    def leave(self, values: Mapping[str, float]) -> None:
+        """Record the last numbers of a process that joined."""
+        self.metrics({**values, **_peaks()})
+
     def sample(self) -> None:
         """Record memory and processor use, at most every five seconds."""
         now = time.monotonic()
-        if now - self._sampled >= SECONDS_BETWEEN_SAMPLES:
+        if not self._handed_over and now - self._sampled >= SECONDS_BETWEEN_SAMPLES:
             self._sampled = now
             self._points(_use_now(), round(now - self._started))
 
     def end(self, status: Status) -> str | None:
         """End the run, wait until it is sent, and give its MLflow id: None when it is kept for later."""
-        self.metrics({"system/seconds": time.monotonic() - self._started, **_peaks()})
+        peaks = {} if self._handed_over else _peaks()
+        self.metrics({"system/seconds": time.monotonic() - self._started, **peaks})
         self._write({"kind": "end", "status": status})
         complete = self._events is not None
         if self._events is not None:

@@ -44,11 +44,11 @@ def intact(links: list[tuple[int, int]]) -> bool:
         return False
 
 
-def watch(links: list[tuple[int, int]], when_gone: Callable[[], None], each_look: Callable[[], None]) -> None:
-    """Call `each_look` every half second in a thread of its own, and `when_gone` once a link has broken."""
+def watch(there: Callable[[], bool], when_gone: Callable[[], None], each_look: Callable[[], None]) -> None:
+    """Call `each_look` every half second in a thread of its own, and `when_gone` once nobody is `there`."""
 
     def look() -> None:
-        while intact(links):
+        while there():
             each_look()
             time.sleep(SECONDS_BETWEEN_LOOKS)
         when_gone()

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from tasks.stage import starter
 from tasks.stage.errors import say
 
 VARIABLE = "LIFECYCLE_WARM"
+FOR_CHILDREN = "LIFECYCLE_WARM_CHILDREN"  # the same offer, for what a stage that was started so starts itself
 LIBRARIES = ("torch", "transformers.trainer", "peft", "datasets", "trl", "transformers.models.t5.modeling_t5")
 LARGEST_MESSAGE = 2**17
 SECONDS_TO_START = 60.0
@@ -59,6 +60,7 @@ def stand_in() -> int | None:
     if runner is None or program is None or not hasattr(os, "pidfd_open"):
         return None
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment[FOR_CHILDREN] = runner
     links = starter.links_to_starter()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # until there is a child
     try:
@@ -74,13 +76,19 @@ def stand_in() -> int | None:
             signal.signal(number, _pass_on(child))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    starter.watch(links, lambda: _end(child), lambda: None)
+    starter.watch(lambda: starter.intact(links), lambda: _end(child), lambda: None)
     ended = connection.recv(LARGEST_MESSAGE)
     code = int(ended) if ended else -signal.SIGKILL  # a host that is gone cannot say
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)
     return code
+
+
+def offer(environment: MutableMapping[str, str]) -> None:
+    """Offer the host, in the environment of a process to be started, to that process too."""
+    if FOR_CHILDREN in environment:
+        environment[VARIABLE] = environment.pop(FOR_CHILDREN)
 
 
 def _connected(address: str, runner: str) -> socket.socket | None:

@@ -1,0 +1,1 @@
+"""The servers that a team shares; README.md tells how they are started."""

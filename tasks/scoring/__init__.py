@@ -1,0 +1,1 @@
+"""Answers to a file of prompts, with their scores: what `lifecycle score` needs."""
