@@ -69,7 +69,7 @@ def params(row: str, family: str, base: Mapping[str, Any]) -> dict[str, Any]:
     ppo["objective"] = {**ppo["objective"], "prompts": ANSWERED, "samples": 1}
     preferred = {**ppo["reward"]["preferred"], "source": "models/reward", "batch_size": ANSWERED}
     ppo["reward"] = {"preferred": preferred}
-    compute = {"device": "cpu", "precision": "fp32", "threads": 2}
+    compute = {**base["compute"], "device": "cpu", "precision": "fp32", "threads": 2}
     changed = {
         "compute": compute,
         "base": {**base["base"], "source": "scratch", "architecture": architecture},
