@@ -49,8 +49,8 @@ def look(
 
     `size` is the memory of a device, `flops` its operations a second; both are found out when they are not
     given. `devices` and `strategy` are those of `compute` unless they are given. `presets` and `settings` are
-    tried on params.yaml, which stays as it is. Raises UserError for a stage without a plan and a model that cannot
-    be read, ParamsError for wrong params.
+    tried on params.yaml, which stays as it is. Raises UserError for a stage without a plan and a model that
+    cannot be read, ParamsError for wrong params.
     """
     data = _params(root, presets, settings)
     devices = devices or data["compute"]["processes"]
