@@ -69,7 +69,7 @@ def params(row: str, family: str, base: Mapping[str, Any]) -> dict[str, Any]:
     ppo["objective"] = {**ppo["objective"], "prompts": ANSWERED, "samples": 1}
     preferred = {**ppo["reward"]["preferred"], "source": "models/reward", "batch_size": ANSWERED}
     ppo["reward"] = {"preferred": preferred}
-    compute = {"device": "cpu", "precision": "fp32", "threads": 2}
+    compute = {**base["compute"], "device": "cpu", "precision": "fp32", "threads": 2}
     changed = {
         "compute": compute,
         "base": {**base["base"], "source": "scratch", "architecture": architecture},
@@ -219,9 +219,10 @@ def main() -> int:
     rows: dict[str, Any] = {}
     if options.estimate:
         before = json.loads(options.out.read_text(encoding="utf-8"))
-        for name, found in before["rows"].items():
-            family, row = name.split("/")
-            rows[name] = compared(row, family, found["measured_mb"] * 1e6, base, Path())
+        for name in (f"{family}/{row}" for family in ARCHITECTURES for row in ROWS):
+            if name in before["rows"]:
+                family, row = name.split("/")
+                rows[name] = compared(row, family, before["rows"][name]["measured_mb"] * 1e6, base, Path())
         write_json(options.out, before | {"rows": rows, "table": table(rows)})
     for family in [] if options.estimate else options.families:
         with tempfile.TemporaryDirectory() as temporary:

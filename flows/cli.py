@@ -127,11 +127,13 @@ def plan(
             "--flops", metavar="NUMBER", help="Operations a second that training reaches; else measured here."
         ),
     ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="How many devices share the work.")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="How many share the work; else compute.processes.")
+    ] = None,
     strategy: Annotated[
-        Literal["ddp", "fsdp", "zero1", "zero2", "zero3"],
-        typer.Option("--strategy", help="What devices divide among them."),
-    ] = "ddp",
+        Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] | None,
+        typer.Option("--strategy", help="What devices divide among them; else as compute.accelerate."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and time of the stages before they run; exit with 3 when one cannot fit.

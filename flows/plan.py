@@ -18,6 +18,7 @@ from tasks.stage.errors import GateRefused, ParamsError, UserError
 from tasks.stage.params import PARAMS_FILE, Compute, check_all, read_shared, read_yaml
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+STRATEGIES = {"ddp": "ddp", "fsdp2": "fsdp", "zero2": "zero2", "zero3": "zero3"}  # of compute.accelerate
 CLEARLY = 1.25  # times the memory that is there: `lifecycle run` refuses no earlier than that
 
 
@@ -39,18 +40,22 @@ def look(
     names: Iterable[str] = (),
     size: str | None = None,
     flops: float | None = None,
-    devices: int = 1,
-    strategy: str = "ddp",
+    devices: int | None = None,
+    strategy: str | None = None,
     presets: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The plan as plain values: the machine, and of each stage its parameters, memory, time and what mends it.
 
     `size` is the memory of a device, `flops` its operations a second; both are found out when they are not
-    given. `presets` and `settings` are tried on params.yaml, which stays as it is. Raises UserError for a stage
-    without a plan and a model that cannot be read, ParamsError for wrong params.
+    given. `devices` and `strategy` are those of `compute` unless they are given. `presets` and `settings` are
+    tried on params.yaml, which stays as it is. Raises UserError for a stage without a plan and a model that
+    cannot be read, ParamsError for wrong params.
     """
     data = _params(root, presets, settings)
+    devices = devices or data["compute"]["processes"]
+    strategy = strategy or STRATEGIES.get(data["compute"]["accelerate"] or "ddp", "ddp")
+    data["compute"]["processes"] = devices
     chosen = list(names) or [name for name in stages.STAGES if name in data]
     for name in chosen:
         if name not in stages.STAGES:

@@ -118,6 +118,10 @@ def test_devices_divide_time_and_what_the_strategy_divides(workspace: Path) -> N
     assert eight["seconds_a_step"] == pytest.approx(alone["seconds_a_step"] / 8)
     for part, divided in (("weights", 1), ("gradients", 8), ("optimizer", 8)):
         assert eight["bytes"][part] == pytest.approx(alone["bytes"][part] / divided, abs=1)
+    assert eight["bytes"]["activations"] == pytest.approx(alone["bytes"]["activations"] / 8, rel=1e-6)
+    asked = ["compute.processes=8", "compute.accelerate=zero2"]
+    (same,) = plan.look(workspace, ["finetune"], "64GB", 1e10, settings=asked)["stages"]
+    assert same == eight
 
 
 @pytest.mark.parametrize(

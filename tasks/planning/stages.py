@@ -137,7 +137,9 @@ def _base(data: Params, root: Path, count: Count, width: float) -> Need:
             "base", found, Memory({"reading": weights | reading}), 32 * forward_flops(shape, *lengths), 32
         )
     keep = memory.kept("full", {})
-    return _training("base", shape, found, keep, learnt["schedule"], lengths, width, FLOAT * found.total)
+    return _training(
+        "base", shape, found, keep, learnt["schedule"], lengths, width, FLOAT * found.total, _processes(data)
+    )
 
 
 def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
@@ -147,7 +149,9 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
     shape, found = _shape(config), count(config, method, options)
     lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
     keep, schedule = memory.kept(method, options), section["schedule"]
-    need = _training("finetune", shape, found, keep, schedule, lengths, width, FLOAT * found.total)
+    need = _training(
+        "finetune", shape, found, keep, schedule, lengths, width, FLOAT * found.total, _processes(data)
+    )
     if method != "qlora":
         return need
     weights = {
@@ -168,10 +172,29 @@ def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
     keep = memory.kept(method, options)
     if shape.is_encoder_decoder:  # all answers stand side by side in one row of the decoder
         lengths = (section["max_prompt_tokens"], completions * section["max_response_tokens"])
-        return _training("reward", shape, found, keep, section["schedule"], lengths, width, FLOAT * found.total)
+        return _training(
+            "reward",
+            shape,
+            found,
+            keep,
+            section["schedule"],
+            lengths,
+            width,
+            FLOAT * found.total,
+            _processes(data),
+        )
     lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
     return _training(
-        "reward", shape, found, keep, section["schedule"], lengths, width, FLOAT * found.total, completions
+        "reward",
+        shape,
+        found,
+        keep,
+        section["schedule"],
+        lengths,
+        width,
+        FLOAT * found.total,
+        _processes(data),
+        completions,
     )
 
 
@@ -184,10 +207,11 @@ def _training(
     lengths: tuple[int, int],
     width: float,
     weights: float,
+    processes: int,
     sequences: int = 1,
 ) -> Need:
     """A stage on transformers' Trainer; an example is `sequences` sequences of these lengths."""
-    rows = (schedule["micro_batch_size"] or schedule["batch_size"]) * sequences
+    rows = (schedule["micro_batch_size"] or math.ceil(schedule["batch_size"] / processes)) * sequences
     held = memory.activations(shape, keep, rows, *lengths, width)
     held += memory.updates(shape, keep, rows, *lengths, width)
     held += memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
@@ -224,19 +248,18 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
         "libraries": WORKSPACE,
     }
     keep = memory.kept(method, options)
-    size = math.ceil(rollouts["episodes"] / update["minibatches"])
+    episodes = math.ceil(rollouts["episodes"] / _processes(data))  # of each process
+    size = math.ceil(episodes / update["minibatches"])
     rows = min(update["micro_batch_size"] or size, size)
     held = trunks * memory.activations(shape, keep, rows, prompt, response, width)
     held += trunks * memory.updates(shape, keep, rows, prompt, response, width)
     held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
-    prompts = rollouts["episodes"] // rollouts["answers"]
+    prompts = math.ceil(episodes / rollouts["answers"])
     states = (
         0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * width
     )
-    asked = min(rollouts["batch_size"], rollouts["episodes"])
-    scored = [
-        memory.forward(judge, min(batch, rollouts["episodes"]), prompt + response) for judge, batch in judges
-    ]
+    asked = min(rollouts["batch_size"], episodes)
+    scored = [memory.forward(judge, min(batch, episodes), prompt + response) for judge, batch in judges]
     reading = memory.forward(shape, asked, prompt, width)
     reading += memory.logits(shape, asked, response, memory.LOGITS_OF_ANSWERS)
     best = {"best state": (FLOAT + ADAM) * trained}
@@ -270,6 +293,12 @@ def _evaluate(data: Params, root: Path, count: Count, width: float) -> Need:
     }
     flops = rows * beams * forward_flops(shape, prompt, response)
     return Need("evaluate", found, Memory({"answering": answering}), flops, rows)
+
+
+def _processes(data: Params) -> int:
+    """How many processes share every batch."""
+    found: int = data["compute"]["processes"]
+    return found
 
 
 def _source_config(source: str, revision: str | None, data: Params, root: Path) -> Params:
