@@ -1,5 +1,5 @@
-"""The command `lifecycle`: run, plan, sweep, apply, compare, status, report, chat, score, label, verify, upload, ui,
-register, promote, lineage, reproduce, endpoint, serve.
+"""The command `lifecycle`: run, plan, sweep, apply, compare, status, report, chat, score, label, verify,
+upload, ui, register, promote, lineage, reproduce, endpoint, serve.
 
 `lifecycle COMMAND --help` has examples.
 

@@ -99,7 +99,8 @@ def look(
         "flops_given": flops is not None,
         "devices": devices,
         "strategy": strategy if devices > 1 else None,
-        "tried": [*_options("--preset", presets), *_options("--set", settings)],
+        "presets": list(presets),
+        "settings": list(settings),
         "stages": found,
     }
 
@@ -111,7 +112,12 @@ def _machine(compute: Compute, size: str | None, flops: float | None) -> hardwar
         given = hardware.elsewhere(compute, memory, flops)
         if given is not None:
             return given
-    here = hardware.machine(compute)
+    try:
+        here = hardware.machine(compute)
+    except ParamsError as error:
+        if compute.device != "cuda":
+            raise
+        raise ParamsError(f"{error}; both --memory and --flops plan for a GPU elsewhere") from None
     return hardware.Machine(
         here.device,
         here.memory if memory is None else memory,
@@ -153,7 +159,7 @@ def refuse(plan: dict[str, Any]) -> None:
     """Raise GateRefused, a line for each stage that does not fit, with the change that would make it fit."""
     lines = [
         f"{entry['stage']} does not fit: it needs {_size(entry['bytes_total'] + plan['imports'])} and there "
-        f"are {_size(plan['memory'])}; {_remedy(entry['mended_by'], plan['tried'])}"
+        f"are {_size(plan['memory'])}; {_remedy(entry['mended_by'], plan['presets'], plan['settings'])}"
         for entry in plan["stages"]
         if not entry["fits"]
     ]
@@ -217,7 +223,8 @@ def _text(data: dict[str, Any], root: Path, parameters: int) -> dict[str, Any]:
 
 
 def _time(entry: dict[str, Any]) -> str:
-    step = f"{entry['seconds_a_step']:.2g} s each"
+    seconds = entry["seconds_a_step"]
+    step = f"{seconds:.2g} s each" if seconds < 100 else f"{_span(seconds)} each"
     if entry["hours"] is None:
         source = "feedback" if entry["stage"] == "reward" else "prepare"
         return f"{step}; how many depends on the data, which `{source}` has not made yet"
@@ -225,6 +232,8 @@ def _time(entry: dict[str, Any]) -> str:
 
 
 def _span(seconds: float) -> str:
+    if seconds < 1:
+        return "under a second"
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     if seconds < 7200:
@@ -248,10 +257,12 @@ def _options(name: str, values: Iterable[str]) -> list[str]:
     return [word for value in values for word in (name, value)]
 
 
-def _remedy(settings: fit.Settings | None, tried: Sequence[str] = ()) -> str:
-    if settings is None:
+def _remedy(mended_by: fit.Settings | None, presets: Sequence[str] = (), settings: Sequence[str] = ()) -> str:
+    if mended_by is None:
         return "no change of the params would make it fit: take a smaller model or a larger machine"
-    return f"it would fit with: {shlex.join(['lifecycle', 'run', *tried, *fit.options(settings)])}"
+    kept = [setting for setting in settings if setting.partition("=")[0] not in mended_by]
+    tried = [*_options("--preset", presets), *_options("--set", kept)]
+    return f"it would fit with: {shlex.join(['lifecycle', 'run', *tried, *fit.options(mended_by)])}"
 
 
 def _size(number: float) -> str:

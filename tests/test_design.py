@@ -227,3 +227,23 @@ def test_what_is_imported_is_found_wherever_it_is_imported(tmp_path: Path) -> No
     assert {path.as_posix() for path in everything} == {
         "tasks/one.py", "tasks/shared/__init__.py", "tasks/shared/base.py", "tasks/shared/deep.py",
     }  # fmt: skip
+
+
+def test_models_bring_no_code_and_no_pickles() -> None:
+    without_weights = {"AutoConfig", "AutoTokenizer"}
+    for path in (*modules("flows"), *modules("tasks")):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert not {"pickle", "joblib", "cloudpickle", "dill"} & set(imports(path, ROOT)), path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, options = (
+                ast.unparse(call.func),
+                {word.arg: ast.unparse(word.value) for word in call.keywords},
+            )
+            assert name != "torch.load", path
+            assert "allow_pickle" not in options, path
+            if (
+                name.endswith(".from_pretrained") and name != "PeftConfig.from_pretrained"
+            ):  # that one is plain JSON
+                assert options["trust_remote_code"] == "False", path
+                opened_safely = options.get("use_safetensors") == "True"
+                assert opened_safely or name.partition(".")[0] in without_weights, path

@@ -33,8 +33,8 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = [[], *([name] for name in (
-    "run", "plan", "sweep", "apply", "compare", "status", "report", "chat", "score", "label", "verify", "upload", "ui",
-    "register", "promote", "lineage", "reproduce", "endpoint", "serve",
+    "run", "plan", "sweep", "apply", "compare", "status", "report", "chat", "score", "label", "verify",
+    "upload", "ui", "register", "promote", "lineage", "reproduce", "endpoint", "serve",
 ))]  # fmt: skip
 
 

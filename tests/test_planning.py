@@ -187,6 +187,7 @@ def test_every_method_is_near_the_peak_that_was_measured(benchmark: ModuleType, 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
     whole = fit.changed(params(), BIG | {"base.architecture.family": family, "finetune.method": "full"})
+    whole = fit.changed(whole, {"finetune.schedule.micro_batch_size": 1})
 
     def total(**settings: Any) -> float:
         given = {name.replace("__", "."): value for name, value in settings.items()}

@@ -34,9 +34,9 @@ def classifier(source: str, revision: str | None, label: str, batch_size: int, d
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, revision=revision, use_safetensors=True
+            source, revision=revision, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

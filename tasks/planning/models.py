@@ -1,6 +1,7 @@
 """The config.json of a model: in a folder, in the hub's cache on this machine, or from the hub."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel("ERROR")  # each try again would be a line
     try:
         cached = try_to_load_from_cache(source, CONFIG, revision=revision)
         return Path(cached if isinstance(cached, str) else hf_hub_download(source, CONFIG, revision=revision))

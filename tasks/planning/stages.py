@@ -244,7 +244,7 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     # The pieces that answers were made in are free afterwards, and too small for what comes next.
     updating = {**answering, "activations": GAPS * held}
     phases = {
-        "answering": {**models, **best, **answering, "activations": max(reading, *scored)},
+        "answering": {**models, **best, **answering, "activations": max([reading, *scored])},
         "updating": {**models, **best, **updating},
         "keeping the best state": {**models, **best, **updating, "next best state": best["best state"]},
         "writing the model": {**models, **best, **updating, "copy to write": FLOAT * found.total},
