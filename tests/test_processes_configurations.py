@@ -77,7 +77,8 @@ def test_zero_reaches_the_processes(stage: int, monkeypatch: pytest.MonkeyPatch)
     _, environment = prepare_deepspeed_cmd_env(found)
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(stage)
-    assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == str(stage == 3).lower()
+    saves_whole = environment.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
+    assert saves_whole == ("true" if stage == 3 else None)
 
 
 def test_a_machine_among_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

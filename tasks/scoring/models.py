@@ -91,8 +91,7 @@ class Models:
             prompts,
             self._job.generation,
             batch_size=self._job.batch_size,
-            seed=self._job.seed
-            + part.first,  # equal prompts of two parts shall not be answered by the same draw
+            seed=self._job.seed + part.first,  # no two parts are answered by the same draws
             max_prompt_tokens=self._job.max_prompt_tokens,
             progress=progress,
         )
