@@ -55,17 +55,18 @@ class RayCluster:
 def started() -> Iterator[RayCluster]:
     """Two nodes for the time of the block."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # paths of sockets must be short
+    (folder / "ray").mkdir()  # the node leaves its address there before it makes the folder
     try:
         with subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **ENVIRONMENT},
+            [sys.executable, __file__],
+            env={**os.environ, **ENVIRONMENT, "RAY_TMPDIR": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         ) as process:
             found = json.loads(_line(process))
             try:
-                yield RayCluster(**found, logs=folder / "session_latest" / "logs", _process=process)
+                yield RayCluster(**found, logs=folder / "ray" / "session_latest" / "logs", _process=process)
             finally:
                 assert process.stdin is not None
                 process.stdin.close()
@@ -89,13 +90,12 @@ def _line(process: "subprocess.Popen[str]") -> str:
     return line
 
 
-def _serve(folder: str) -> None:
+def _serve() -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
     cluster.add_node(
         num_cpus=1,
-        temp_dir=folder,
         include_dashboard=False,
         _system_config=DETECTION,
     )
@@ -110,4 +110,4 @@ def _serve(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve()
