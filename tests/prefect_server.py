@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import subprocess
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any, Self
 import pytest
 
 from flows import processes, server
+
+TRIES = 30
 
 
 class PrefectServer:
@@ -48,9 +52,19 @@ def ask(url: str, what: str, **conditions: Any) -> list[dict[str, Any]]:
 
 
 def post(url: str, what: str, body: Mapping[str, Any]) -> Any:
-    """The answer of the server to a POST. Raises urllib.error.HTTPError for one that it refuses."""
+    """The answer of the server to a POST. Raises urllib.error.HTTPError for one that it refuses.
+
+    503 is no refusal: SQLite was locked, and the server asks to be asked again, as Prefect's own client does.
+    """
     request = urllib.request.Request(
         f"{url}/{what}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+    for _ in range(TRIES):
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(float(error.headers.get("Retry-After") or 1))
+    raise TimeoutError(f"the server was busy each of {TRIES} times")
