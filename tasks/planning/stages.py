@@ -170,20 +170,11 @@ def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
     found = count(config, method, options)
     completions = data["feedback"]["source"].get("completions", 2)
     keep = memory.kept(method, options)
-    if shape.is_encoder_decoder:  # all answers stand side by side in one row of the decoder
-        lengths = (section["max_prompt_tokens"], completions * section["max_response_tokens"])
-        return _training(
-            "reward",
-            shape,
-            found,
-            keep,
-            section["schedule"],
-            lengths,
-            width,
-            FLOAT * found.total,
-            _processes(data),
-        )
-    lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
+    prompt, response = section["max_prompt_tokens"], section["max_response_tokens"]
+    # all answers stand side by side in one row of a decoder; without an encoder each is a row of its own
+    lengths, rows = (
+        ((prompt, completions * response), 1) if shape.is_encoder_decoder else ((prompt, response), completions)
+    )
     return _training(
         "reward",
         shape,
@@ -194,7 +185,7 @@ def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
         width,
         FLOAT * found.total,
         _processes(data),
-        completions,
+        rows,
     )
 
 
