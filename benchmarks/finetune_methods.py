@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from tasks.metrics.report import markdown
 from tasks.stage import Compute, Context, NullTrack, UserError
 from tasks.stage.determinism import prepare_torch
 from tasks.stage.files import write_json
+from tasks.stage.memory import peak_memory
 from tasks.stage.params import read_section, read_shared, read_yaml
 
 RESULT = Path("benchmarks/results/finetune_methods.json")
@@ -105,7 +105,7 @@ def _tune(params: Params, folder: Path, base: Path, model: Path, seed: int, comp
     import tasks.lm.peft
     import tasks.lm.train  # noqa: F401 - so that its memory is not counted to the method
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    before = peak_memory() / 2**20
     work = folder / "work"
     work.mkdir(exist_ok=True)
     costs = Costs()

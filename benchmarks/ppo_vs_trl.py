@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.metrics.report import markdown
 from tasks.stage.files import write_json
+from tasks.stage.memory import peak_memory
 
 if TYPE_CHECKING:
     from tasks.data.records import Example
@@ -217,8 +217,7 @@ def _clocks() -> Clocks:
 
 
 def _peak_megabytes() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_memory() / 2**20
 
 
 # Ours

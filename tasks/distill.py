@@ -60,12 +60,15 @@ class Soft(Section):
 
     `states` is the weight of the distance between the last hidden states of student and teacher, which must be
     equally wide: of what they make of the prompt, and of what they predict the response from. 0: not compared.
+    The teacher's are written down once if that takes no more than `kept_gb` gigabytes; else it computes them
+    anew at every step.
     """
 
     alpha: Annotated[float, Field(gt=0, le=1)]
     temperature: PositiveFloat
     top_k: PositiveInt | None
     states: NonNegativeFloat
+    kept_gb: NonNegativeFloat
 
 
 class OnPolicy(Section):
@@ -209,7 +212,7 @@ def _lessons(
     context: Context,
 ) -> _Lessons:
     from tasks.compress.lessons import own_answers, references
-    from tasks.compress.teacher import foresee
+    from tasks.compress.teacher import foresee, state_bytes
 
     from_references = references(teacher, examples, limits)
     if params.labels == "reference":
@@ -222,13 +225,16 @@ def _lessons(
             )
     if params.method == "on_policy":
         return _Lessons(pairs, from_references, held_out_pairs, None)
+    soft = params.soft
+    keep_states = soft.states > 0 and state_bytes(teacher, pairs) <= soft.kept_gb * 1e9
     with context.place.first(), context.progress(len(pairs), "distill: the teacher foresees") as bar:
         foreseen = foresee(
             teacher,
             pairs,
-            params.soft.temperature,
-            params.soft.top_k,
+            soft.temperature,
+            soft.top_k,
             _foreseen(context),
+            keep_states=keep_states,
             batch_size=params.batch_size,
             progress=bar.advance,
         )
@@ -290,7 +296,7 @@ def _taught(
         lessons.pairs,
         lessons.foreseen,
         lessons.held_out,
-        Weights(**params.soft.model_dump(exclude={"top_k"})),
+        Weights(**params.soft.model_dump(exclude={"top_k", "kept_gb"})),
         schedule,
         params.learning_rate,
         context,

@@ -25,7 +25,7 @@ def distill_section(**changes: Any) -> dict[str, Any]:
         "student": STUDENT,
         "labels": "teacher",
         "method": "soft",
-        "soft": {"alpha": 0.5, "temperature": 2.0, "top_k": 8, "states": 1.0},
+        "soft": {"alpha": 0.5, "temperature": 2.0, "top_k": 8, "states": 1.0, "kept_gb": 1.0},
         "on_policy": {"share": 0.5, "beta": 0.5, "temperature": 1.0},
         "examples": 32,
         "max_prompt_tokens": 96,

@@ -19,10 +19,10 @@ from torch import Tensor
 from tasks.compress.distillation import SoftTargets, distillation_loss, soft_loss, soft_targets, state_loss
 from tasks.compress.shrink import from_scratch
 from tasks.compress.student import Weights, _lesson, _StudentTrainer
-from tasks.compress.teacher import foresee
+from tasks.compress.teacher import Foreseen, foresee
 from tasks.distill import Params, distill
 from tasks.lm.model import LanguageModel, load
-from tasks.lm.respond import collate, response_logits
+from tasks.lm.respond import collate, hidden_states, response_logits
 from tasks.lm.structure import with_layers
 from tasks.lm.train import Pair
 from tasks.stage import DataError, ParamsError
@@ -117,7 +117,13 @@ def test_what_is_written_down_is_what_the_teacher_foresees(family: str, tmp_path
     teacher = toy(family)
     pairs = pairs_of(teacher)
     told: list[int] = []
-    found = foresee(teacher, pairs, 2.0, 8, tmp_path / "x", batch_size=3, progress=told.append)
+
+    def foreseen() -> Foreseen:
+        return foresee(
+            teacher, pairs, 2.0, 8, tmp_path / "x", keep_states=True, batch_size=3, progress=told.append
+        )
+
+    found = foreseen()
     assert sum(told) == len(pairs)
     for rows in ([0], [5, 2], list(range(7))):
         targets = found.of(rows)
@@ -129,23 +135,32 @@ def test_what_is_written_down_is_what_the_teacher_foresees(family: str, tmp_path
             targets.logprobs, torch.cat([each.logprobs for each in expected]), rtol=1e-3, atol=1e-4
         )
         assert (targets.ids == torch.cat([each.ids for each in expected])).float().mean() > 0.9  # but for ties
-    again = foresee(teacher, pairs, 2.0, 8, tmp_path / "x", batch_size=3, progress=told.append)
+        batch = collate(teacher, *zip(*(pairs[row] for row in rows), strict=True))
+        states = found.states(rows, batch)
+        assert states is not None
+        for kept, wanted, mask in zip(
+            states, hidden_states(teacher, batch), (batch.prompt_mask, batch.response_mask), strict=True
+        ):
+            torch.testing.assert_close(kept, wanted * mask.unsqueeze(-1), rtol=1e-3, atol=1e-4)
+    again = foreseen()
     assert sum(told) == len(pairs)
     assert np.array_equal(again.logprobs, found.logprobs)
 
 
-@pytest.mark.parametrize("states", [0.0, 2.0])
+@pytest.mark.parametrize(("states", "kept"), [(0.0, False), (2.0, False), (2.0, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_a_batch_is_the_mean_over_its_response_tokens(
-    family: str, states: float, tmp_path: Path
+    family: str, states: float, kept: bool, tmp_path: Path
 ) -> None:
     teacher, student = toy(family), toy(family, seed=1)
     pairs, rows = pairs_of(teacher), [4, 1, 6]
-    found = foresee(teacher, pairs, 2.0, None, tmp_path / "x", batch_size=3, progress=lambda _: None)
+    found = foresee(
+        teacher, pairs, 2.0, None, tmp_path / "x", keep_states=kept, batch_size=3, progress=lambda _: None
+    )
     inputs = _lesson(student, pairs, found, rows)
     counted = int((inputs["labels"] != -100).sum())
     trainer = _StudentTrainer.__new__(_StudentTrainer)
-    trainer._student, trainer._teacher = student, teacher
+    trainer._student, trainer._teacher = student, None if kept else teacher  # which is not asked again
     trainer._weights = Weights(alpha=0.3, temperature=2.0, states=states)
     trainer.accelerator = type("One", (), {"num_processes": 1})()
     loss = trainer.compute_loss(student.model, inputs, num_items_in_batch=counted)

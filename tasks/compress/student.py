@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from tasks.compress.distillation import SoftTargets, distillation_loss, state_loss
 from tasks.compress.teacher import Foreseen
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import IGNORED, Batch, collate, hidden_states, model_inputs, output_states
+from tasks.lm.respond import IGNORED, Batch, States, collate, hidden_states, model_inputs, output_states
 from tasks.lm.schedule import Schedule
 from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context
@@ -44,8 +44,8 @@ def train_student(
 ) -> Training:
     """Train the student in place on `pairs`, of which `foreseen` says what the teacher makes of them.
 
-    The teacher itself is asked for states alone, each time anew: kept, they would fill a disk. The held-out
-    loss is that of the labels alone. Resumes, and raises, as `train`.
+    The teacher itself is asked for states alone, and only where they were not kept. The held-out loss is that
+    of the labels alone. Resumes, and raises, as `train`.
     """
     sizes = sizes_of(pairs, schedule)
     rows_at_once = schedule.rows_on_each(context.place.processes)
@@ -97,8 +97,7 @@ class _StudentTrainer(HeldOutLoss):
         logits = outputs.logits[:, : labels.shape[1]][real]
         total = distillation_loss(logits, labels[real], targets, alpha, temperature)
         if of_states:
-            with torch.no_grad():
-                wanted = hidden_states(self._teacher, batch)
+            wanted = self._wanted_states(inputs, batch)
             made = output_states(self._student, batch, outputs)
             apart = state_loss(made.prompt, wanted.prompt, batch.prompt_mask)
             apart = apart + state_loss(made.response, wanted.response, batch.response_mask)
@@ -107,20 +106,28 @@ class _StudentTrainer(HeldOutLoss):
         loss: Tensor = total * processes / num_items_in_batch
         return loss
 
+    def _wanted_states(self, inputs: dict[str, Any], batch: Batch) -> States:
+        if "prompt_states" in inputs:
+            return States(inputs["prompt_states"], inputs["response_states"])
+        with torch.no_grad():
+            return hidden_states(self._teacher, batch)
+
 
 def _lesson(
     student: LanguageModel, pairs: Sequence[Pair], foreseen: Foreseen, rows: Sequence[int]
 ) -> dict[str, Any]:
-    """A batch, its labels, and the teacher's soft targets.
+    """A batch, its labels, the teacher's soft targets, and its states where they were kept.
 
     `shift_labels` tells the Trainer that every label counts, the first one too.
     """
     batch = collate(student, *zip(*(pairs[row] for row in rows), strict=True))
     labels, targets = model_inputs(student, batch)["labels"], foreseen.of(rows)
+    states = foreseen.states(rows, batch)
     return {
         **dict(zip(BATCH, batch, strict=False)),
         "labels": labels,
         "shift_labels": labels,
         "soft_ids": targets.ids,
         "soft_logprobs": targets.logprobs,
+        **({} if states is None else {"prompt_states": states.prompt, "response_states": states.response}),
     }

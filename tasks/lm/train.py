@@ -7,9 +7,7 @@ uninterrupted one. In several processes each takes its part of every batch; the 
 of one.
 """
 
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from tasks.lm.model import LanguageModel
 from tasks.lm.respond import IGNORED, collate, likelihoods, model_inputs
 from tasks.lm.schedule import Schedule
 from tasks.lm.sharded import in_parts, make_whole, shares_embeddings, shell_of
-from tasks.stage import Context, ParamsError, checkpoints
+from tasks.stage import Context, ParamsError, checkpoints, memory
 from tasks.stage.place import Place
 from tasks.stage.progress import Bar
 
@@ -220,8 +218,7 @@ def peak_memory(where: torch.device) -> int:
     """Most bytes that were in use at once: GPU memory on a GPU, else the memory of this process."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return memory.peak_memory()
 
 
 class _Plan(Dataset[list[Pair]]):

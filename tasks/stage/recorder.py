@@ -22,6 +22,7 @@ from typing import Any, Literal
 from tasks.stage.errors import one_line, say
 from tasks.stage.files import write_json
 from tasks.stage.lock import Lock
+from tasks.stage.memory import peak_memory
 from tasks.stage.secrets import redacted
 
 SPOOL = Path(".work") / "spool"
@@ -228,10 +229,7 @@ def _use_now() -> dict[str, float]:
 
 
 def _peaks() -> dict[str, float]:
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kibibytes on Linux
-    peaks = {"system/peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
+    peaks = {"system/peak_memory_megabytes": peak_memory() / 1e6}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peaks["system/peak_gpu_memory_megabytes"] = torch.cuda.max_memory_allocated() / 1e6
