@@ -42,7 +42,8 @@ class Student(Section):
 
     It starts with layers of the `teacher`, and with the heads and channels in them that matter most for the
     first `calibration` examples; or with random weights (`scratch`), where its `width` may differ too.
-    `encoder` layers count only where there is an encoder.
+    `encoder` layers count only where there is an encoder. `head_size` is how wide a head is; those of a teacher
+    can be made narrower in a T5 alone.
     """
 
     start: Literal["teacher", "scratch"]
@@ -50,6 +51,7 @@ class Student(Section):
     encoder: PositiveInt | None
     decoder: PositiveInt | None
     heads: PositiveInt | None
+    head_size: PositiveInt | None
     channels: PositiveInt | None
     calibration: PositiveInt
 
@@ -244,7 +246,7 @@ def _lessons(
 def _student(params: Params, teacher: "LanguageModel", pairs: "Sequence[Pair]", seed: int) -> "LanguageModel":
     import torch
 
-    from tasks.compress.shrink import fewer_units, from_scratch
+    from tasks.compress.shrink import fewer_units, from_scratch, narrower_heads
     from tasks.compress.sparse import input_norms
     from tasks.lm.structure import with_layers
 
@@ -265,7 +267,8 @@ def _student(params: Params, teacher: "LanguageModel", pairs: "Sequence[Pair]", 
         )
     shallow = with_layers(teacher, size.encoder, size.decoder)
     norms = input_norms(shallow, pairs[: size.calibration])
-    return fewer_units(shallow, heads=size.heads, channels=size.channels, norms=norms)
+    student = fewer_units(shallow, heads=size.heads, channels=size.channels, norms=norms)
+    return student if size.head_size is None else narrower_heads(student, size.head_size, norms)
 
 
 def _taught(

@@ -14,6 +14,7 @@ STUDENT: dict[str, Any] = {
     "encoder": 1,
     "decoder": 1,
     "heads": 2,
+    "head_size": None,
     "channels": 32,
     "calibration": 6,
 }

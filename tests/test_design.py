@@ -15,7 +15,7 @@ from tasks.stage.params import COMMANDS
 ROOT = Path(__file__).parents[1]
 EQUATIONS = {  # of packages of tasks
     "rlhf": {"masked", "rewards", "advantages", "losses", "optimum", "guard"},
-    "compress": {"distillation", "pruning"},
+    "compress": {"distillation", "low_rank", "pruning"},
 }
 # no stage needs them, so a change makes none run again
 FOR_COMMANDS = ("tasks.registry", "tasks.labels", "tasks.playground", "tasks.scoring", "tasks.planning")

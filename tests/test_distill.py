@@ -17,7 +17,9 @@ from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy
 from torch import Tensor
 
 from tasks.compress.distillation import SoftTargets, distillation_loss, soft_loss, soft_targets, state_loss
-from tasks.compress.shrink import from_scratch
+from tasks.compress.low_rank import low_rank
+from tasks.compress.shrink import from_scratch, narrower_heads
+from tasks.compress.sparse import input_norms
 from tasks.compress.student import Weights, _lesson, _StudentTrainer
 from tasks.compress.teacher import Foreseen, foresee
 from tasks.distill import Params, distill
@@ -255,7 +257,7 @@ def test_a_student_from_scratch_may_be_narrower(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_scratch_a_student_of_the_same_size_has_the_shapes_of_its_teacher(family: str) -> None:
     teacher = toy(family, layers=2)
-    same = {"width": None, "encoder": None, "decoder": None, "heads": None, "channels": None}
+    same = {"width": None, "encoder": None, "decoder": None, "heads": None, "head_size": None, "channels": None}
     student = from_scratch(teacher, **same)
     shapes = [{n: t.shape for n, t in lm.model.state_dict().items()} for lm in (teacher, student)]
     assert shapes[0] == shapes[1]
@@ -288,6 +290,76 @@ def test_layers_are_spread_evenly_and_one_is_the_last(family: str) -> None:
     if family == "t5":  # only the first layer has what all know of positions
         bias = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         assert torch.equal(last[bias], given[bias])
+
+
+def of_rank(rank: int, rows: int = 7, columns: int = 5, seed: int = 2) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, rank, generator=draw), torch.randn(rank, columns, generator=draw)
+
+
+def test_the_product_of_lower_rank_is_the_nearest_there_is() -> None:
+    left, right = of_rank(4)
+    ones = torch.ones(7), torch.ones(5)
+    whole = torch.mm(*low_rank(left, right, 4, *ones))
+    torch.testing.assert_close(whole, left @ right)
+    values = torch.linalg.svdvals(left @ right)
+    for rank in (1, 2, 3):
+        narrow = low_rank(left, right, rank, *ones)
+        assert [each.shape for each in narrow] == [(7, rank), (rank, 5)]
+        apart = (torch.mm(*narrow) - left @ right).square().sum()
+        torch.testing.assert_close(apart, values[rank:].square().sum())  # Eckart & Young
+
+
+def test_what_is_large_is_kept_and_what_is_never_seen_is_given_up() -> None:
+    left, right = of_rank(3)
+    norms = torch.tensor([9.0, 1, 1, 0.1, 0.1, 0.1, 0.1]), torch.tensor([0.0, 5, 1, 1, 0.0])
+
+    def apart(narrow: tuple[Tensor, Tensor]) -> Tensor:
+        gaps = torch.mm(*narrow) - left @ right
+        return (norms[0].unsqueeze(1) * gaps * norms[1]).square().sum()
+
+    weighted = low_rank(left, right, 2, *norms)
+    assert apart(weighted) < 0.9 * apart(low_rank(left, right, 2, torch.ones(7), torch.ones(5)))
+    assert all(each.isfinite().all() for each in weighted)
+    seen = low_rank(left, right, 2, torch.ones(7), torch.tensor([1.0, 1, 0, 0, 0]))
+    torch.testing.assert_close(torch.mm(*seen)[:, :2], (left @ right)[:, :2], rtol=1e-4, atol=1e-4)
+
+
+def test_narrower_heads_do_as_nearly_as_they_can_what_they_did() -> None:
+    teacher = toy("t5", layers=2)
+    pairs = pairs_of(teacher)
+    norms = input_norms(teacher, pairs)
+    batch = collate(teacher, *zip(*pairs, strict=True))
+    wanted = response_logits(teacher, batch)
+    size = teacher.model.config.d_kv
+    torch.testing.assert_close(
+        response_logits(narrower_heads(teacher, size, norms), batch), wanted, rtol=1e-3, atol=1e-4
+    )
+    apart = [
+        (response_logits(narrower_heads(teacher, narrow, norms), batch) - wanted).norm().item()
+        for narrow in range(1, size)
+    ]
+    assert apart[0] > apart[-1] > 0
+    half = narrower_heads(teacher, size // 2, norms).model
+    assert half.config.num_heads == teacher.model.config.num_heads
+    assert half.encoder.block[0].layer[0].SelfAttention.q.weight.shape == (
+        teacher.model.config.num_heads * size // 2,
+        teacher.model.config.d_model,
+    )
+
+
+def test_a_student_with_narrower_heads_opens_without_our_code(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    here = with_dense(tmp_path, "t5")
+    metrics = called(here.root, student={**STUDENT, "head_size": 4})
+    plain = AutoModelForSeq2SeqLM.from_pretrained(here.root / "models" / "distill")
+    assert (plain.config.d_kv, plain.config.num_heads) == (4, 2)
+    assert sum(each.numel() for each in plain.parameters()) == metrics["parameters"]
+    scratch = called(
+        here.root, student={**STUDENT, "start": "scratch", "head_size": 4}, soft=distill_section()["soft"]
+    )
+    assert scratch["parameters"] == metrics["parameters"]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -339,6 +411,11 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
             "soft.states compares states of one width, but .* is 32 wide; set soft.states to 0",
         ),
         ({"student": {**STUDENT, "width": 16}}, ParamsError, "width is 16, but .* 32 wide; set it to null"),
+        (
+            {"student": {**STUDENT, "head_size": 9}},
+            ParamsError,
+            "9 wide are wanted of heads 8 wide; ask for less",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -348,6 +425,12 @@ def test_what_cannot_be_is_one_line(
     with pytest.raises(error, match=message) as caught:
         called(here.root, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_that_rotate_cannot_be_narrower(tmp_path: Path) -> None:
+    here = with_dense(tmp_path, "llama")
+    with pytest.raises(ParamsError, match=r"heads of a llama cannot be made narrower, .*head_size to null"):
+        called(here.root, student={**STUDENT, "encoder": None, "head_size": 4})
 
 
 def test_targets_are_what_the_loss_takes() -> None:

@@ -102,6 +102,16 @@ def units(lm: LanguageModel) -> list[Units]:
     return found
 
 
+def unrotated_attentions(lm: LanguageModel) -> list[str]:
+    """The attentions of a T5, by name: their queries and keys meet as they are, wherever they stand."""
+    readers, writer = _ATTENTION[0]
+    return [
+        name
+        for name, module in lm.model.named_modules()
+        if {*readers, writer} <= {child for child, _ in module.named_children()}
+    ]
+
+
 def with_layers(lm: LanguageModel, encoder: int | None, decoder: int | None) -> LanguageModel:
     """A copy with so many layers (None: all of them), spread evenly from the first to the last; one: the last.
 
@@ -124,7 +134,7 @@ def with_layers(lm: LanguageModel, encoder: int | None, decoder: int | None) -> 
                 return given[same if same in given else name]  # what the first alone has stays there
         return given[name]
 
-    return _rebuilt(lm, config, source)
+    return rebuilt(lm, config, source)
 
 
 def with_units(lm: LanguageModel, kept: Sequence[tuple[Units, Sequence[int]]]) -> LanguageModel:
@@ -144,7 +154,15 @@ def with_units(lm: LanguageModel, kept: Sequence[tuple[Units, Sequence[int]]]) -
         entry, dimension, numbers = cuts[name]
         return entry.keep(given[name], dimension, numbers)
 
-    return _rebuilt(lm, config, source)
+    return rebuilt(lm, config, source)
+
+
+def rebuilt(lm: LanguageModel, config: "PretrainedConfig", source: Callable[[str], Tensor]) -> LanguageModel:
+    """A model of `config` on the same device, each of its tensors from `source`, and the same tokenizer."""
+    model = type(lm.model)(config).to(lm.device, lm.model.dtype)
+    model.load_state_dict({name: source(name) for name in model.state_dict()})
+    model.generation_config = copy.deepcopy(lm.model.generation_config)
+    return LanguageModel(model.eval(), lm.tokenizer)
 
 
 def evenly(count: int, wanted: int) -> list[int]:
@@ -207,11 +225,3 @@ def _shares_positions(lm: LanguageModel, stack: str, attention: str) -> bool:
     inside = re.sub(r"^\d+", "0", attention.removeprefix(f"{stack}."))
     first = lm.model.get_submodule(f"{stack}.{inside}")
     return any(child == _POSITIONS for child, _ in first.named_children())
-
-
-def _rebuilt(lm: LanguageModel, config: "PretrainedConfig", source: Callable[[str], Tensor]) -> LanguageModel:
-    """A model of `config` on the same device, each of its tensors from `source`, and the same tokenizer."""
-    model = type(lm.model)(config).to(lm.device, lm.model.dtype)
-    model.load_state_dict({name: source(name) for name in model.state_dict()})
-    model.generation_config = copy.deepcopy(lm.model.generation_config)
-    return LanguageModel(model.eval(), lm.tokenizer)
