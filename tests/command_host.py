@@ -34,6 +34,7 @@ from tasks.stage import warm
 # the host of all workers of this session lives as long as whoever started them
 RUNNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 ADDRESS = f"\0lifecycle-commands-{os.getuid()}-{RUNNER}"
+SECONDS_TO_START = 300.0  # on a machine that is busy with other things too
 ARGUMENTS = "COMMAND_HOST_ARGUMENTS"
 LIBRARIES = (
     "prefect.flow_engine", "prefect.task_engine", "prefect.artifacts", "prefect.client.orchestration",
@@ -133,7 +134,7 @@ def _fork(
 
 
 def _connected() -> socket.socket:
-    end = time.monotonic() + 120
+    end = time.monotonic() + SECONDS_TO_START
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
