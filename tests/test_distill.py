@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from compress_stages import STUDENT, distill_section, with_dense
 from lm_stages import Workplace
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy
+from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy, unsaved
 from torch import Tensor
 
 from tasks.compress.distillation import SoftTargets, distillation_loss, soft_loss, soft_targets, state_loss
@@ -200,6 +200,7 @@ def test_states_are_apart_by_shares_of_their_size() -> None:
 def called(root: Path, **changes: Any) -> Mapping[str, Any]:
     """The stage as a function, in the folder `root`."""
     section = distill_section(**{"teacher": {"source": str(root / "models/ppo"), "revision": None}, **changes})
+    section["schedule"] = unsaved(section["schedule"])
     data = root / "data" / "examples"
     return distill(
         validate(section, "distill", Params),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_stages import SCHEDULE_HERE, Workplace, finetune_section, lay_out
-from lm_toys import COMPUTE, FAMILIES, METHODS, PEFT_WARNING, context, toy
+from lm_toys import COMPUTE, FAMILIES, METHODS, PEFT_WARNING, context, toy, unsaved
 
 from tasks.data.records import read_examples
 from tasks.finetune import Params, encode, finetune
@@ -30,13 +30,17 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return workplace
 
 
-def tune(ground: Workplace, method: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def tune(
+    ground: Workplace, method: str, out: Path, monkeypatch: pytest.MonkeyPatch, epochs: int = 6
+) -> dict[str, float]:
     """Run the stage's body in this process."""
     monkeypatch.chdir(ground.root)
     torch.manual_seed(1)
     data = Path("data/examples")
     found = finetune(
-        validate(finetune_section(method, schedule={**SCHEDULE_HERE, "epochs": 6}), "finetune", Params),
+        validate(
+            finetune_section(method, schedule={**unsaved(SCHEDULE_HERE), "epochs": epochs}), "finetune", Params
+        ),
         data / "train.jsonl",
         data / "validation.jsonl",
         Path("models/base"),
@@ -111,7 +115,7 @@ def test_plain_libraries_open_the_adapter(
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    tune(ground, "lora", tmp_path, monkeypatch)
+    tune(ground, "lora", tmp_path, monkeypatch, epochs=1)
     seq2seq = AutoConfig.from_pretrained("models/base").is_encoder_decoder
     bare = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained("models/base")
     model = PeftModel.from_pretrained(bare, tmp_path / "model").eval()

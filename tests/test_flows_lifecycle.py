@@ -55,7 +55,7 @@ def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothin
     parallel = serial.copy(tmp_path / "parallel")
     serial.dvc("repro")
 
-    parallel.lifecycle("run")
+    parallel.lifecycle("run", afresh=True)
     assert sorted(parallel.starts()) == ["a", "b", "c", "d"]
     lock = (parallel.root / "dvc.lock").read_bytes()
     assert lock == (serial.root / "dvc.lock").read_bytes()
@@ -268,7 +268,7 @@ def test_a_flow_beside_dvc_repro_waits_for_it(
 def test_ctrl_c_ends_everything_and_the_next_run_goes_on(tmp_path: Path, served: str) -> None:
     toy = build(tmp_path / "toy", {"a": [], "b": ["a"]})
     toy.set("b", outcome="wait")
-    run = toy.start("run")
+    run = toy.start("run", afresh=True)
     toy.await_stage("b")
     os.kill(run.pid, signal.SIGINT)
     output, _ = run.communicate(timeout=60)

@@ -42,8 +42,9 @@ def serving(
 ) -> Iterator[subprocess.Popen[str]]:
     """`lifecycle serve`, with a run of the full lifecycle each year."""
     serve = toy.start(
-        "serve", "--cron", "0 0 1 1 *", PREFECT_API_URL=prefect_server.url, PREFECT_HOME=str(prefect_home),
-        PREFECT_RUNNER_POLL_FREQUENCY="1", PREFECT_CLIENT_MAX_RETRIES="1", LIFECYCLE_WEBHOOK=hook.address,
+        "serve", "--cron", "0 0 1 1 *", afresh=True, PREFECT_API_URL=prefect_server.url,
+        PREFECT_HOME=str(prefect_home), PREFECT_RUNNER_POLL_FREQUENCY="1", PREFECT_CLIENT_MAX_RETRIES="1",
+        LIFECYCLE_WEBHOOK=hook.address,
     )  # fmt: skip
     seen = read_until(serve, "serving ")
     assert "lifecycle, evaluation, data-refresh; lifecycle runs at 0 0 1 1 * (UTC)" in seen

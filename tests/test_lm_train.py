@@ -88,7 +88,7 @@ class CrashAt(NullTrack):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_batches_of_one_are_one_batch_of_eight(family: str, tmp_path: Path) -> None:
     whole, parts = toy(family), toy(family)
-    size = {"batch_size": 8, "epochs": 0.5, "log_every": 1, "rate": 1e-4}
+    size = {"batch_size": 8, "epochs": 0.5, "log_every": 1, "checkpoint_every": 1000, "rate": 1e-4}
     together = run(whole, tmp_path / "whole", **size)
     apart = run(parts, tmp_path / "parts", micro_batch_size=1, **size)
     assert together.steps == apart.steps == 3
@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_over_the_response_tokens_of_the_batch(family: str,
     prompts, responses = zip(*[pairs[draw] for draw in plan[0]], strict=True)
     logprobs = response_logprobs(lm, collate(lm, prompts, responses))
     expected = -logprobs.sum().item() / sum(map(len, responses))
-    first = run(lm, tmp_path, log_every=1).losses[0]
+    first = run(lm, tmp_path, log_every=1, checkpoint_every=1000).losses[0]
     assert first["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_the_loss_is_the_mean_over_the_response_tokens_of_the_batch(family: str,
 def test_training_lowers_both_losses(family: str, tmp_path: Path) -> None:
     lm = toy(family)
     before = mean_loss(lm, pairs_of(lm, seed=9)[:8], 4)
-    training = run(lm, tmp_path, epochs=4)
+    training = run(lm, tmp_path, epochs=4, checkpoint_every=1000)
     assert training.evaluations[0] == {"step": 0, "eval_loss": before}
     assert [row["step"] for row in training.evaluations] == [0, 24, 48]
     assert [row["step"] for row in training.losses] == list(range(2, 49, 2))
@@ -137,12 +137,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes(family: str, method: str, t
     base = tmp_path / "base"
     save(toy(family, dropout=0.1), base)
     whole = fresh(family, method, base)
-    expected = run(whole, tmp_path / "whole")
+    expected = run(whole, tmp_path / "whole", checkpoint_every=1000)
     with pytest.raises(RuntimeError, match="the machine is gone"):
-        run(fresh(family, method, base), tmp_path / "broken", track=CrashAt(10))
+        run(fresh(family, method, base), tmp_path / "broken", track=CrashAt(10), checkpoint_every=8)
     steps: list[int] = []
     resumed = fresh(family, method, base)
-    training = run(resumed, tmp_path / "broken", track=_steps_to(steps))
+    training = run(resumed, tmp_path / "broken", track=_steps_to(steps), checkpoint_every=8)
     assert min(steps) == 10  # resumed from step 8, not begun again
     assert training.losses == expected.losses
     assert training.evaluations == expected.evaluations
@@ -219,7 +219,7 @@ def test_mixed_precision_keeps_the_weights_whole(tmp_path: Path) -> None:
     pairs = pairs_of(lm)
     half = context(tmp_path)
     object.__setattr__(half, "compute", COMPUTE.model_copy(update={"precision": "bf16"}))
-    exact = run(toy("llama"), tmp_path / "exact")
+    exact = run(toy("llama"), tmp_path / "exact", checkpoint_every=1000)
     rounded = train(lm, ROWS, lambda draw: pairs[draw % ROWS], pairs_of(lm, 9)[:8], schedule(), 0.01, half)
     assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.float32}
     losses = [[row["loss"] for row in training.losses] for training in (exact, rounded)]

@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_host
 import pytest
 import yaml
 
@@ -83,17 +84,15 @@ class Clone:
 
     root: Path
 
-    def call(self, *command: str, tracking: str = "off") -> str:
+    def call(
+        self,
+        *command: str,
+        tracking: str = "off",
+        run: Callable[..., "subprocess.CompletedProcess[str]"] = command_host.run,
+    ) -> str:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=self.root,
-            env={**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking},
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
+        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking}
+        done = run([sys.executable, "-m", *command], self.root, environment, SECONDS)
         assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -127,7 +126,7 @@ def clone(
         patch.setenv("PREFECT_HOME", str(root / ".work" / "prefect"))
         patch.delenv("PREFECT_API_URL", raising=False)
         clone = Clone(root)
-        clone.call("flows.cli", "run", "--preset", "smoke", tracking="on")
+        clone.call("flows.cli", "run", "--preset", "smoke", tracking="on", run=command_host.run_plainly)
         yield clone
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compress_stages import RECOVERY, prune_section, with_dense
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy
+from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy, unsaved
 from torch import Tensor
 
 from tasks.compress.pruning import (
@@ -224,6 +224,8 @@ def test_an_update_under_the_mask_is_what_is_merged(family: str) -> None:
 def called(root: Path, **changes: Any) -> Mapping[str, Any]:
     """The stage as a function, in the folder `root`."""
     section = prune_section(**{"model": {"source": str(root / "models/ppo"), "revision": None}, **changes})
+    if section["recovery"] is not None:
+        section["recovery"] = {**section["recovery"], "schedule": unsaved(section["recovery"]["schedule"])}
     data = root / "data" / "examples"
     return prune(
         validate(section, "prune", Params),

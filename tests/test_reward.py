@@ -13,7 +13,7 @@ import torch
 from alignment_stages import reward_section
 from classifier_toys import KINDS, lay_model, toy_classifier
 from lm_stages import Workplace
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context
+from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, unsaved
 from pydantic import ValidationError
 from test_base import assert_one_line
 from torch import Tensor
@@ -72,6 +72,7 @@ def ground(root: Path, kind: str, count: int = 48) -> Workplace:
 def called(root: Path, **changes: Any) -> Mapping[str, Any]:
     """The stage as a function, in the folder `root`."""
     section = reward_section(**changes)
+    section["schedule"] = unsaved(section["schedule"])
     section["model"] = {"source": str(root / "models" / "finetune"), "revision": None}
     data = root / "data" / "feedback"
     return reward(

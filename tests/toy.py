@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_host
 import pytest
 import yaml
 
@@ -102,29 +103,39 @@ class Toy:
     graph: Mapping[str, Sequence[str]]
 
     def lifecycle(
-        self, *arguments: str, code: int | None = 0, **environment: str
+        self, *arguments: str, code: int | None = 0, afresh: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run the command to its end; `code` is the exit code it must have (None: any)."""
-        return self.call([sys.executable, "-m", "flows.cli", *arguments], code, environment)
+        """Run the command to its end; `code` is the exit code it must have (None: any).
+
+        `afresh` has it started by an interpreter of its own, as users do, and not by the host of the commands.
+        """
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        return self.call(command, code, environment, command_host.run_plainly if afresh else command_host.run)
 
     def dvc(self, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         return self.call([sys.executable, "-m", "dvc", *arguments], code, {})
 
     def call(
-        self, command: Sequence[str], code: int | None, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        code: int | None,
+        environment: Mapping[str, str],
+        run: Callable[..., subprocess.CompletedProcess[str]] = command_host.run,
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command, cwd=self.root, env=self.environment(environment), capture_output=True, text=True,
-            timeout=CHILD_SECONDS, check=False,
-        )  # fmt: skip
+        done = run(command, self.root, self.environment(environment), CHILD_SECONDS)
         assert code is None or done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Start the command in a session of its own and leave it running."""
+    def start(
+        self, *arguments: str, afresh: bool = False, **environment: str
+    ) -> "command_host.Command | subprocess.Popen[str]":
+        """Start the command in a session of its own and leave it running; `afresh` as in `lifecycle`."""
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        if not afresh:
+            return command_host.start(command, self.root, self.environment(environment))
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *arguments], cwd=self.root, env=self.environment(environment),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            command, cwd=self.root, env=self.environment(environment), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
     def settle(self, **harm: str) -> Run:
@@ -235,7 +246,7 @@ def build(
     return Toy(root, graph)
 
 
-def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+def read_until(process: "command_host.Command | subprocess.Popen[str]", text: str) -> str:
     """What a process has printed, up to the line that has `text`; fail when it ends before."""
     assert process.stdout is not None
     seen = ""
