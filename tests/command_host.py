@@ -36,6 +36,7 @@ RUNNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 ADDRESS = f"\0lifecycle-commands-{os.getuid()}-{RUNNER}"
 SECONDS_TO_START = 300.0  # on a machine that is busy with other things too
 ARGUMENTS = "COMMAND_HOST_ARGUMENTS"
+THERE = sys.platform == "linux"  # elsewhere there are no such addresses, and every command is started plainly
 LIBRARIES = (
     "prefect.flow_engine", "prefect.task_engine", "prefect.artifacts", "prefect.client.orchestration",
     "prefect.events.worker", "prefect.futures", "prefect.runtime.flow_run", "prefect.task_runners",
@@ -120,7 +121,7 @@ def _fork(
 ) -> tuple[socket.socket, int] | None:
     """A connection that says when the command has ended, and its process id."""
     program, *arguments = command
-    if program != sys.executable or arguments[0] != "-m":
+    if not THERE or program != sys.executable or arguments[0] != "-m":
         return None
     said = {**environment, ARGUMENTS: json.dumps(arguments[2:])}
     connection = _connected()

@@ -131,7 +131,7 @@ class Toy:
     ) -> "command_host.Command | subprocess.Popen[str]":
         """Start the command in a session of its own and leave it running; `afresh` as in `lifecycle`."""
         command = [sys.executable, "-m", "flows.cli", *arguments]
-        if not afresh:
+        if command_host.THERE and not afresh:
             return command_host.start(command, self.root, self.environment(environment))
         return subprocess.Popen(
             command, cwd=self.root, env=self.environment(environment), stdout=subprocess.PIPE,
