@@ -167,9 +167,14 @@ class Ppo:
                 parameter.copy_(state[name])
         self._optimizer.state.clear()
         for name, parameter in self._named.items():
+            places = {
+                "step": torch.device("cpu"),
+                "exp_avg": parameter.device,
+                "exp_avg_sq": parameter.device,
+            }
             found = {
-                moment: state[key].clone()
-                for moment in ("step", "exp_avg", "exp_avg_sq")
+                moment: state[key].to(place, copy=True)
+                for moment, place in places.items()
                 if (key := f"adam.{moment}.{name}") in state
             }
             if found:
