@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -248,9 +249,15 @@ class HeldOutLoss(Trainer):  # type: ignore[misc]
         super().__init__(**arguments)
         self._place, self._held_out_loss = place, held_out_loss
 
+    def compute_loss_context_manager(self) -> AbstractContextManager[None]:
+        """Mixed precision also for a loss that calls parts of the model, not the model itself."""
+        found: AbstractContextManager[None] = self.accelerator.autocast()
+        return found
+
     def evaluate(self, *_: Any, **__: Any) -> Row:
         """The held-out loss."""
-        found = {"eval_loss": self._held_out_loss()}
+        with self.compute_loss_context_manager():
+            found = {"eval_loss": self._held_out_loss()}
         self.log(found)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
