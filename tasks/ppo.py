@@ -84,6 +84,7 @@ def ppo(
     Raises DataError when a file has no example of the task, UserError when a model of the reward cannot be
     opened, GateRefused when the guard stops a run that shall not be kept.
     """
+    from tasks.lm.device import allow_tf32
     from tasks.lm.model import load, save
     from tasks.lm.peft import merged
     from tasks.lm.respond import encode_prompts
@@ -96,6 +97,7 @@ def ppo(
     from tasks.rlhf.scoring import weighted_sum
     from tasks.rlhf.trainer import Ppo
 
+    allow_tf32(context.compute)  # log-probabilities from bf16 would blur the ratios of old and new policy
     toxicity = scorer(params.guard.toxicity, params.rollouts.batch_size, context.compute)
     only = toxicity if params.prompts == "toxic" else None
     toxic_from = params.guard.toxicity.toxic_from

@@ -24,3 +24,8 @@ def precision(compute: Compute) -> torch.dtype:
         capable = device(compute).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if capable else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[compute.precision]
+
+
+def allow_tf32(compute: Compute) -> None:
+    """From here on a GPU multiplies float32 matrices as TF32, unless `compute` asks for fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = compute.precision != "fp32"
