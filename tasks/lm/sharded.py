@@ -57,6 +57,6 @@ def _gathered(weights: list[nn.Parameter]) -> "AbstractContextManager[Any]":
     """A block in which the parts that DeepSpeed keeps are whole."""
     if not any(hasattr(weight, "ds_id") for weight in weights):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    return cast("AbstractContextManager[Any]", GatheredParameters(weights))
+    return cast("AbstractContextManager[Any]", zero.GatheredParameters(weights))
