@@ -21,4 +21,6 @@ def prepare_torch(seed: int, compute: Compute) -> None:
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # under a mask its gradients can be NaN on Hopper GPUs (github.com/pytorch/pytorch/issues/196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
