@@ -189,6 +189,7 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "ppo_vs_trl": (Path("benchmarks/results/ppo_vs_trl.json"), printed_table),
     "guard": (Path("benchmarks/results/guard.json"), guard_table),
     "plan_memory": (Path("benchmarks/results/plan_memory.json"), printed_table),
+    "gpu": (Path("benchmarks/results/gpu.json"), printed_table),
 }
 
 

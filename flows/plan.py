@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from flows import params_file
 from tasks.planning import fit, hardware, stages
 from tasks.planning.compute import enough_tokens, training_flops
-from tasks.planning.memory import FLOAT, HALF
+from tasks.planning.memory import Target
 from tasks.planning.text import steps_of, tokens_of_text
 from tasks.stage.errors import GateRefused, ParamsError, UserError
 from tasks.stage.params import PARAMS_FILE, Compute, check_all, read_shared, read_yaml
@@ -62,11 +62,11 @@ def look(
             raise UserError(f"--stage {name}: no plan for it; there are plans for {', '.join(stages.STAGES)}")
     machine = _machine(read_shared(data).compute, size, flops)
     memory, rate = machine.memory, machine.flops()
-    width = HALF if machine.precision == "bf16" else FLOAT
+    on = Target(gpu=machine.device != "cpu", mixed=machine.precision == "bf16")
     beyond = stages.IMPORTS if machine.device == "cpu" else hardware.CONTEXT
 
     def need_of(name: str, params: fit.Params) -> tuple[stages.Need, stages.Memory]:
-        need = stages.needs(name, params, root, width=width)
+        need = stages.needs(name, params, root, on=on)
         there = need.memory if machine.device == "cpu" else need.memory.without(stages.MAPPED)
         return need, there.of_one(strategy, devices)
 

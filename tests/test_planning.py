@@ -163,8 +163,12 @@ def test_ppo_is_near_what_was_measured(method: str, row: str, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """benchmarks/plan_memory.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("plan_memory", ROOT / "benchmarks" / "plan_memory.py")
+    return module("plan_memory")
+
+
+def module(name: str) -> ModuleType:
+    """A file of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
@@ -182,6 +186,16 @@ def test_every_method_is_near_the_peak_that_was_measured(benchmark: ModuleType, 
         needed = stages.needs(stage, given, tmp_path, stages.rough).memory.total / 1e6
         assert 0.8 < needed / found["measured_mb"] < 1.2, name
         assert needed == pytest.approx(found["estimated_mb"], rel=0.05), name  # adapters are left out here
+
+
+def test_estimates_are_near_what_was_measured_on_a_gpu() -> None:
+    gpu = module("gpu")
+    low, high = gpu.BOUNDS
+    for name, found in json.loads((ROOT / gpu.RESULT).read_text(encoding="utf-8"))["rows"].items():
+        model, row = name.split("/", 1)
+        again = gpu.compared(row, model, found["measured_mb"] * 1e6, params())
+        assert low < again["ratio"] < high, name
+        assert again["estimated_mb"] == found["estimated_mb"], name
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -223,5 +237,7 @@ def test_the_page_on_scaling_has_the_numbers_of_the_formulas(name: str, publishe
         cells = [f"{sum(memory.sharded(parts, *column).values()) / 1e9:.1f}" for column in columns]
         assert f"| {name}, {method} | {' | '.join(cells)} |" in page
     kept = [memory.kept(method, LORA) for method in ("full", "lora")]
-    held = [f"{memory.activations(big, each, 1, 1792, 256, width=2) / 1e9:.1f} GB" for each in kept]
+    mixed = memory.Target(gpu=True, mixed=True)
+    held = [f"{memory.activations(big, each, 1, 1792, 256, mixed) / 1e9:.1f} GB" for each in kept]
+    held.append(f"{memory.copies(big, kept[0]) / 1e9:.1f} GB")
     assert f"| {name} | {' | '.join(held)} |" in page

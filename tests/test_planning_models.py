@@ -57,9 +57,10 @@ def test_counts_of_adapters_on_large_models(name: str, published: Mapping[str, A
     assert counts(published, "lora", LORA | {"alpha": 16}).trained == ADAPTERS[name]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_activations_are_what_autograd_keeps(family: str, method: str) -> None:
+def test_activations_are_what_autograd_keeps(family: str, method: str, mixed: bool) -> None:
     """Every tensor that the forward pass keeps for the backward pass, each once, but the weights."""
     lm = adapt(fresh(family), method, OPTIONS[method] | ({"dropout": 0.0} if "lora" in method else {}))
     lm.model.train()
@@ -76,9 +77,13 @@ def test_activations_are_what_autograd_keeps(family: str, method: str) -> None:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = response_logits(lm, batch)
     assert logits.requires_grad
     kept = memory.kept(method, OPTIONS[method] | {"dropout": 0.0})
-    expected = memory.activations(shape(config(family)), kept, ROWS, PROMPT, RESPONSE)
+    of = shape(config(family))
+    expected = memory.activations(of, kept, ROWS, PROMPT, RESPONSE, memory.Target(mixed=mixed))
+    if mixed:
+        expected += memory.copies(of, kept)
     assert 0.8 < expected / sum(found.values()) < 1.2

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tasks.data.records import Comparisons, read_comparisons
 from tasks.lm.classifier import Classifier, load_classifier, new_classifier, scores
 from tasks.lm.model import load
 from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
+from tasks.lm.schedule import Schedule
 from tasks.metrics import preferences
 from tasks.reward import Params, _shuffled, reward
-from tasks.rlhf.preference import _collate, elements, losses
+from tasks.rlhf.preference import _collate, elements, losses, train_on_preferences
 from tasks.stage import DataError, ParamsError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -160,6 +162,21 @@ def test_the_language_loss_keeps_what_the_language_model_knew(tmp_path: Path) ->
         assert loss is not None
         found[weight] = loss.item()
     assert found[3.0] < found[0.0] - 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_precision_reaches_a_loss_that_calls_parts_of_the_model(family: str, tmp_path: Path) -> None:
+    classifier = new_classifier(lay_model(family, tmp_path / "start"), COMPUTE)
+    half = replace(context(tmp_path), compute=COMPUTE.model_copy(update={"precision": "bf16"}))
+    found = {True: set(), False: set()}  # while weights are learnt, and while they are not
+    for layer in classifier.model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, __, output: found[output.requires_grad].add(output.dtype))
+    rows = elements(classifier, toy_comparisons(8, 1))
+    schedule = Schedule.model_validate(reward_section()["schedule"])
+    train_on_preferences(classifier, rows, rows[:2], schedule, 0.01, 0.0, half)
+    assert found == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    assert {parameter.dtype for parameter in classifier.model.parameters()} == {torch.float32}
 
 
 def test_a_language_loss_without_likelihood_is_refused() -> None:

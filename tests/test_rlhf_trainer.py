@@ -71,6 +71,20 @@ def test_a_restored_run_goes_on_to_the_bit(family: str) -> None:
     assert all(torch.equal(each, resumed.state()[name]) for name, each in one.state().items())
 
 
+def test_what_is_restored_lies_where_adam_looks_for_it() -> None:
+    """A checkpoint is read into the memory of the CPU; `meta` stands for a GPU."""
+    policy, elsewhere = new("llama"), new("llama")
+    ppo = trainer(policy)
+    ppo.step(0, EXAMPLES, prompts(policy))
+    elsewhere.lm.model.to("meta")
+    elsewhere.value_head.to("meta")
+    resumed = trainer(elsewhere)
+    resumed.restore(ppo.state())
+    state = resumed.state()
+    assert set(state) == set(ppo.state())
+    assert all(each.is_meta != name.startswith("adam.step.") for name, each in state.items())
+
+
 def test_every_epoch_sees_every_episode_once() -> None:
     parts = list(minibatches(10, epochs=3, parts=4, generator=torch.Generator().manual_seed(0)))
     assert [len(part) for part in parts] == [3, 3, 3, 1] * 3

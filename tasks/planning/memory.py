@@ -5,6 +5,9 @@ layer keeps for its gradient is counted tensor by tensor, after Korthikanti et a
 the layers of T5 and Llama as transformers computes them: root-mean-square norms, gated feed-forward parts,
 and scaled dot-product attention, which keeps no matrix of scores unless T5's position bias is trained with it.
 A frozen linear layer does not keep its input, so that a method that trains little also keeps less.
+
+In mixed precision products are taken of bf16 copies: each layer that reads a state makes a copy of its own, and
+so does each weight, until the backward pass. What stands between layers, and before norms, stays float32.
 """
 
 from collections.abc import Mapping
@@ -14,6 +17,7 @@ from typing import Any
 from tasks.planning.shape import KEPT_BY_ACTIVATION, Shape
 
 FLOAT, HALF = 4, 2
+COPIES = "bf16 copies"  # of weights
 ADAM = 8  # bytes of the two moments of a parameter, float32
 NF4 = (
     0.5 + 1 / 64 + 4 / (64 * 256)
@@ -46,6 +50,20 @@ class Kept:
     virtual: int = 0
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a stage runs: on a GPU or not, in mixed precision or in float32."""
+
+    gpu: bool = False
+    mixed: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that is a factor or result of a matrix product."""
+        return HALF if self.mixed else FLOAT
+
+
+CPU = Target()
 ATTENTION_NAMES = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -75,57 +93,84 @@ def kept(method: str, options: Mapping[str, Any]) -> Kept:
     return Kept(virtual=options["virtual_tokens"])
 
 
-def activations(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width: float = FLOAT) -> float:
-    """Bytes that are kept for the backward pass of `rows` examples; `width` bytes a number. Without logits."""
+def activations(shape: Shape, of: Kept, rows: int, prompt: int, response: int, on: Target = CPU) -> float:
+    """Bytes that are kept for the backward pass of `rows` examples. Without logits and copies of weights."""
     ahead = of.virtual if of.encoder else 0  # virtual tokens with states of their own, or keys and values alone
-    last = shape.width * (1 + of.norms)  # of the norm behind the last layer
-    head = response * shape.width * of.head
+    last = FLOAT * shape.width * (1 + of.norms)  # of the norm behind the last layer
+    head = on.width * response * shape.width * of.head
     if not shape.is_encoder_decoder:
         tokens = prompt + response + ahead
-        layer = _attention(shape, of, tokens, prompt + response + of.virtual) + _feed_forward(shape, of, tokens)
-        return rows * width * (shape.decoder_layers * layer + tokens * last + head)
+        layer = _attention(shape, of, tokens, prompt + response + of.virtual, on)
+        layer += _feed_forward(shape, of, tokens, on)
+        return rows * (shape.decoder_layers * layer + tokens * last + head)
     asked = prompt + ahead
-    encoder = _attention(shape, of, asked, asked) + _feed_forward(shape, of, asked)
-    decoder = _attention(shape, of, response, response + of.virtual - ahead)
-    decoder += _attention(shape, of, response, asked, crossed=True) + _feed_forward(shape, of, response)
-    read = asked * (last + shape.width * of.attention)  # what the encoder made of the prompt, for all layers
+    encoder = _attention(shape, of, asked, asked, on) + _feed_forward(shape, of, asked, on)
+    decoder = _attention(shape, of, response, response + of.virtual - ahead, on)
+    decoder += _attention(shape, of, response, asked, on, crossed=True) + _feed_forward(shape, of, response, on)
+    read = asked * last  # what the encoder made of the prompt
+    if not on.mixed:
+        read += asked * FLOAT * shape.width * of.attention  # for all layers of the decoder
     found = shape.decoder_layers * decoder + response * last + head
-    return rows * width * (found + (shape.encoder_layers * encoder + read if of.encoder else 0))
+    return rows * (found + (shape.encoder_layers * encoder + read if of.encoder else 0))
 
 
-def _attention(shape: Shape, of: Kept, queries: int, keys: int, crossed: bool = False) -> float:
-    """Numbers kept for one row: the norm's input, queries, keys, values and the result.
+def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, crossed: bool = False) -> float:
+    """Bytes kept for one row: inputs of the norm and of the layers behind it, queries, keys, values, result.
 
     T5 adds its position bias to a mask, a matrix for each head and row; scores take the same room.
     """
-    states = shape.width * (1 + of.norms + of.attention)
-    linear = 4 * of.rank * of.attention * (queries + keys) / 2
-    found = queries * (states + 2 * shape.inner) + keys * 2 * shape.keys + linear
+    found: float = queries * FLOAT * shape.width * (1 + of.norms)
+    if of.attention:
+        readers = 1 if crossed or not on.mixed else 3
+        found += on.width * readers * queries * shape.width
+        if on.mixed:
+            found += on.width * (2 * keys * shape.width if crossed else 0)
+            found += on.width * (queries * shape.inner if of.rank else 0)  # the adapter of the output
+    found += on.width * (queries * 2 * shape.inner + keys * 2 * shape.keys)
+    found += on.width * 2 * of.rank * of.attention * (queries + keys)
     if of.scaled:
-        found += keys * 2 * shape.keys
+        found += FLOAT * keys * 2 * shape.keys
     if shape.is_encoder_decoder:
-        found += shape.heads * queries * keys
-    if of.dropout and of.attention:  # each adapted layer drops, and keeps, a copy of its own
-        inputs = keys if crossed else queries
-        found += (
-            1.25 * (queries * (shape.width + shape.inner) + 2 * inputs * shape.width) - queries * shape.width
-        )
+        found += on.width * shape.heads * queries * keys
+    if of.dropout and of.attention:  # each adapted layer drops; in float32 it keeps a copy of its own
+        read = queries * (shape.width + shape.inner) + 2 * (keys if crossed else queries) * shape.width
+        found += read if on.mixed else (1 + FLOAT) * read - FLOAT * queries * shape.width
     if shape.dropout:
-        found += (queries * shape.width + shape.heads * queries * keys * 5) / 4
+        scores = 0 if on.gpu else (1 + FLOAT) * shape.heads * queries * keys
+        found += queries * shape.width + scores
     return found
 
 
-def _feed_forward(shape: Shape, of: Kept, tokens: int) -> float:
-    """Numbers kept for one row: the norm's input, the activation's, and the factors of a gate."""
-    states = shape.width * (1 + of.norms + of.feed_forward)
-    inside = KEPT_BY_ACTIVATION.get(shape.activation, 1) + (2 if shape.gated else 0)
-    inside += 1 if of.feed_forward or of.scaled or shape.activation == "relu" else 0
-    found: float = states + inside * shape.feed_forward + of.rank * of.feed_forward * (3 if shape.gated else 2)
+def _feed_forward(shape: Shape, of: Kept, tokens: int, on: Target) -> float:
+    """Bytes kept for one row: the norm's input, the activation's, and the factors of a gate."""
+    factors = 2 if shape.gated else 0
+    readers = max(factors, 1) if on.mixed else 1
+    inside = KEPT_BY_ACTIVATION.get(shape.activation, 1) + factors
+    if on.mixed and shape.activation == "gelu_new":
+        inside += 2  # its third power is taken in float32
+    if of.feed_forward or shape.activation == "relu":
+        inside += 1
+    found: float = FLOAT * shape.width * (1 + of.norms)
+    found += on.width * (readers * shape.width * of.feed_forward + inside * shape.feed_forward)
+    found += on.width * of.rank * of.feed_forward * (3 if shape.gated else 2)
+    if of.scaled:
+        found += FLOAT * shape.feed_forward
     if of.dropout and of.feed_forward:
-        found += 1.25 * ((2 if shape.gated else 1) * shape.width + shape.feed_forward) - shape.width
+        read = max(factors, 1) * shape.width + shape.feed_forward
+        found += read if on.mixed else (1 + FLOAT) * read - FLOAT * shape.width
     if shape.dropout:
-        found += (shape.width + shape.feed_forward) / 4
+        found += shape.width + shape.feed_forward
     return tokens * found
+
+
+def copies(shape: Shape, of: Kept) -> float:
+    """Bytes of the copies of weights that mixed precision computes with: of linear layers and of the head.
+
+    An encoder that keeps nothing for a backward pass does not keep these either.
+    """
+    layer = shape.attention + (3 if shape.gated else 2) * shape.width * shape.feed_forward
+    kept_by = shape.linear - (0 if of.encoder else shape.encoder_layers * layer)
+    return HALF * (kept_by + shape.vocabulary * shape.width)
 
 
 def updates(shape: Shape, of: Kept, rows: int, prompt: int, response: int, width: float = FLOAT) -> float:
@@ -183,7 +228,8 @@ def sharded(parts: Mapping[str, float], strategy: str, devices: int) -> dict[str
     """What one of `devices` holds of weights, gradients and optimizer (Rajbhandari et al. 2020, 1910.02054 §5).
 
     `ddp` keeps everything everywhere; ZeRO-1 divides the optimizer, ZeRO-2 the gradients too, ZeRO-3 and FSDP
-    also the weights. Activations belong to a device's own examples.
+    also the weights, and those gather a layer's in bf16 when it is its turn, so that no copy is kept.
+    Activations belong to a device's own examples.
     """
     divided = {
         "ddp": (),
@@ -192,4 +238,7 @@ def sharded(parts: Mapping[str, float], strategy: str, devices: int) -> dict[str
         "zero3": ("optimizer", "gradients", "weights"),
         "fsdp": ("optimizer", "gradients", "weights"),
     }[strategy]
-    return {name: size / devices if name in divided else size for name, size in parts.items()}
+    found = {name: size / devices if name in divided else size for name, size in parts.items()}
+    if "weights" in divided:
+        found.pop(COPIES, None)
+    return found

@@ -16,7 +16,7 @@ from tasks.planning import memory
 from tasks.planning.compute import forward_flops, passes
 from tasks.planning.counts import Counts
 from tasks.planning.counts import counts as counted
-from tasks.planning.memory import ADAM, FLOAT, NF4, Kept
+from tasks.planning.memory import ADAM, CPU, FLOAT, HALF, NF4, Kept, Target
 from tasks.planning.models import config_at
 from tasks.planning.shape import Shape, config_of, shape_of
 from tasks.stage import UserError
@@ -95,13 +95,13 @@ def rough(config: Params, method: str, options: Params) -> Counts:
     return Counts(parameters, parameters if method == "full" else 0)
 
 
-def needs(stage: str, data: Params, root: Path, count: Count = exact, width: float = FLOAT) -> Need:
-    """What `stage` needs with the checked params `data`; `width` bytes hold a number of an activation.
+def needs(stage: str, data: Params, root: Path, count: Count = exact, on: Target = CPU) -> Need:
+    """What `stage` needs with the checked params `data` where it runs.
 
     Raises UserError when the model is not here, or of an architecture without formulas.
     """
     needed = {"base": _base, "finetune": _finetune, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}
-    return needed[stage](data, root, count, width)
+    return needed[stage](data, root, count, on)
 
 
 def is_here(stage: str, data: Params, root: Path) -> bool:
@@ -125,24 +125,24 @@ def model_config(data: Params, root: Path) -> Params:
     return config_at(source, data["base"]["revision"], root)
 
 
-def _base(data: Params, root: Path, count: Count, width: float) -> Need:
+def _base(data: Params, root: Path, count: Count, on: Target) -> Need:
     section, config = data["base"], model_config(data, root)
     shape, found = _shape(config), count(config, "full", {})
     learnt, longest = section["pretraining"], section["max_tokens"]
     lengths = (longest, longest) if shape.is_encoder_decoder else (longest // 2, longest // 2)
     if learnt is None:
         weights = {"weights": FLOAT * found.total, "libraries": WORKSPACE}
-        reading = {"activations": memory.forward(shape, 32, sum(lengths), width)}
+        reading = {"activations": memory.forward(shape, 32, sum(lengths))}
         return Need(
             "base", found, Memory({"reading": weights | reading}), 32 * forward_flops(shape, *lengths), 32
         )
     keep = memory.kept("full", {})
     return _training(
-        "base", shape, found, keep, learnt["schedule"], lengths, width, FLOAT * found.total, _processes(data)
+        "base", shape, found, keep, learnt["schedule"], lengths, on, FLOAT * found.total, _processes(data)
     )
 
 
-def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
+def _finetune(data: Params, root: Path, count: Count, on: Target) -> Need:
     section, config = data["finetune"], model_config(data, root)
     method = section["method"]
     options = _options(section["lora" if method == "qlora" else method])
@@ -150,7 +150,7 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
     lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
     keep, schedule = memory.kept(method, options), section["schedule"]
     need = _training(
-        "finetune", shape, found, keep, schedule, lengths, width, FLOAT * found.total, _processes(data)
+        "finetune", shape, found, keep, schedule, lengths, on, FLOAT * found.total, _processes(data)
     )
     if method != "qlora":
         return need
@@ -159,10 +159,12 @@ def _finetune(data: Params, root: Path, count: Count, width: float) -> Need:
         "unpacked layer": memory.unpacked(shape),
         MAPPED: FLOAT * shape.linear,
     }
+    if on.mixed:
+        weights[memory.COPIES] = memory.copies(shape, keep) - HALF * shape.linear
     return replace(need, memory=Memory({"training": {**need.memory.parts, **weights}}))
 
 
-def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
+def _reward(data: Params, root: Path, count: Count, on: Target) -> Need:
     section = data["reward"]
     config = _source_config(section["model"]["source"], section["model"]["revision"], data, root)
     shape, method = _shape(config), section["method"]
@@ -182,7 +184,7 @@ def _reward(data: Params, root: Path, count: Count, width: float) -> Need:
         keep,
         section["schedule"],
         lengths,
-        width,
+        on,
         FLOAT * found.total,
         _processes(data),
         rows,
@@ -196,31 +198,37 @@ def _training(
     keep: Kept,
     schedule: Params,
     lengths: tuple[int, int],
-    width: float,
+    on: Target,
     weights: float,
     processes: int,
     sequences: int = 1,
 ) -> Need:
     """A stage on transformers' Trainer; an example is `sequences` sequences of these lengths."""
     rows = (schedule["micro_batch_size"] or math.ceil(schedule["batch_size"] / processes)) * sequences
-    held = memory.activations(shape, keep, rows, *lengths, width)
-    held += memory.updates(shape, keep, rows, *lengths, width)
-    held += memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
+    held = _held(shape, keep, rows, lengths, on) + memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
     training = {
         "weights": weights,
         **memory.trained_state(found.trained),
-        "activations": GAPS * held,
+        "activations": held if on.gpu else GAPS * held,
         "libraries": WORKSPACE,
     }
+    if on.mixed:
+        training[memory.COPIES] = memory.copies(shape, keep)
     each = passes(keep.head) * forward_flops(shape, *lengths) * sequences
     return Need(
         stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"]
     )
 
 
-def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
+def _held(shape: Shape, keep: Kept, rows: int, lengths: tuple[int, int], on: Target) -> float:
+    """Bytes of activations, and on a CPU of the room that LoRA leaves between them."""
+    found = memory.activations(shape, keep, rows, *lengths, on)
+    return found if on.gpu else found + memory.updates(shape, keep, rows, *lengths, on.width)
+
+
+def _ppo(data: Params, root: Path, count: Count, on: Target) -> Need:
     section, config = data["ppo"], model_config(data, root)
-    shape, method = _shape(config), section["method"]
+    shape, method = replace(_shape(config), dropout=0.0), section["method"]  # it is off
     options = dict(section["lora"]) if method == "lora" else {}
     found = count(config, method, options)
     rollouts, update = section["rollouts"], section["update"]
@@ -234,7 +242,7 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     ]
     models = {
         "weights": FLOAT * (trunks * found.total + (shape.parameters if method == "full" else 0)),
-        "reward models": FLOAT * sum(judge.parameters for judge, _ in judges),
+        "reward models": on.width * sum(judge.parameters for judge, _ in judges),
         **memory.trained_state(trained),
         "libraries": WORKSPACE,
     }
@@ -242,33 +250,56 @@ def _ppo(data: Params, root: Path, count: Count, width: float) -> Need:
     episodes = math.ceil(rollouts["episodes"] / _processes(data))  # of each process
     size = math.ceil(episodes / update["minibatches"])
     rows = min(update["micro_batch_size"] or size, size)
-    held = trunks * memory.activations(shape, keep, rows, prompt, response, width)
-    held += trunks * memory.updates(shape, keep, rows, prompt, response, width)
+    single = Target(gpu=on.gpu)  # PPO's own models compute in float32
+    held = trunks * _held(shape, keep, rows, (prompt, response), single)
     held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
     prompts = math.ceil(episodes / rollouts["answers"])
     states = (
-        0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * width
+        0 if keep.encoder or not shape.is_encoder_decoder else trunks * prompts * prompt * shape.width * FLOAT
     )
     asked = min(rollouts["batch_size"], episodes)
-    scored = [memory.forward(judge, min(batch, episodes), prompt + response) for judge, batch in judges]
-    reading = memory.forward(shape, asked, prompt, width)
+    scored = [
+        memory.forward(judge, min(batch, episodes), prompt + response, on.width) for judge, batch in judges
+    ]
+    reading = memory.forward(shape, asked, prompt)
     reading += memory.logits(shape, asked, response, memory.LOGITS_OF_ANSWERS)
-    best = {"best state": (FLOAT + ADAM) * trained}
-    answering = {"KV cache": memory.cache(shape, asked, prompt, response, width), "rollouts": states}
-    # The pieces that answers were made in are free afterwards, and too small for what comes next.
-    updating = {**answering, "activations": GAPS * held}
-    phases = {
-        "answering": {**models, **best, **answering, "activations": max([reading, *scored])},
-        "updating": {**models, **best, **updating},
-        "keeping the best state": {**models, **best, **updating, "next best state": best["best state"]},
-        "writing the model": {**models, **best, **updating, "copy to write": FLOAT * found.total},
-    }
+    models["best state"] = (FLOAT + ADAM) * trained
+    models["rollouts"] = states
+    keys = memory.cache(shape, asked, prompt, response)
+    phases = _phases_of_ppo(models, keys, max([reading, *scored]), held, FLOAT * found.total, on)
     once = forward_flops(shape, prompt, response)
     reads = 2 + (trunks - 1) + len(judges) + update["epochs"] * passes(method == "full") * trunks
     return Need("ppo", found, Memory(phases), reads * once * rollouts["episodes"], rollouts["episodes"])
 
 
-def _evaluate(data: Params, root: Path, count: Count, width: float) -> Need:
+def _phases_of_ppo(
+    models: Mapping[str, float], keys: float, reading: float, held: float, copied: float, on: Target
+) -> dict[str, dict[str, float]]:
+    """What PPO holds from phase to phase, beside what it always holds.
+
+    On a GPU what one phase has freed is there for the next. On a CPU the pieces that answers were made in are
+    too small for what comes next, and those of the updates for copies of whole weights.
+    """
+    kept = {"next best state": models["best state"]}
+    written = {"copy to write": copied}
+    if on.gpu:
+        return {
+            "answering": {**models, "KV cache": keys},
+            "reading answers": {**models, "activations": reading},
+            "updating": {**models, "activations": held},
+            "keeping the best state": {**models, **kept},
+            "writing the model": {**models, **written},
+        }
+    answering, updating = {**models, "KV cache": keys}, {"KV cache": keys, "activations": GAPS * held}
+    return {
+        "answering": {**answering, "activations": reading},
+        "updating": {**models, **updating},
+        "keeping the best state": {**models, **updating, **kept},
+        "writing the model": {**models, **updating, **written},
+    }
+
+
+def _evaluate(data: Params, root: Path, count: Count, on: Target) -> Need:
     section, config = data["evaluate"], model_config(data, root)
     shape, found = _shape(config), count(config, "full", {})
     prompt, rows = section["max_prompt_tokens"], section["batch_size"]
@@ -276,9 +307,9 @@ def _evaluate(data: Params, root: Path, count: Count, width: float) -> Need:
     beams = max(each.get("num_beams", 1) for each in settings)
     response = max(each.get("max_new_tokens", 0) for each in settings)
     answering = {
-        "weights": FLOAT * found.total,
-        "KV cache": memory.cache(shape, rows * beams, prompt, response, width),
-        "activations": memory.forward(shape, rows, prompt, width)
+        "weights": on.width * found.total,
+        "KV cache": memory.cache(shape, rows * beams, prompt, response, on.width),
+        "activations": memory.forward(shape, rows, prompt, on.width)
         + memory.logits(shape, rows * beams, 1, memory.LOGITS_OF_ANSWERS),
         "libraries": WORKSPACE,
     }
