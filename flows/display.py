@@ -166,8 +166,9 @@ def progress_text(record: dict[str, Any]) -> str:
 
 def _figures(record: dict[str, Any]) -> str:
     figures = {**record.get("figures", {})}
-    if record.get("total") and record.get("done"):
-        left = record["seconds"] / record["done"] * (record["total"] - record["done"])
+    now_done = record.get("done", 0) - record.get("before", 0)
+    if record.get("total") and now_done:
+        left = record["seconds"] / now_done * (record["total"] - record["done"])
         figures = {"left": f"{left:.0f}s", **figures}
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in figures.items()

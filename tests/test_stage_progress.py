@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.display import progress_text
 from tasks.stage import progress as module
 from tasks.stage.progress import Bar, progress
 
@@ -33,6 +34,17 @@ def test_without_a_known_end_the_count_is_shown() -> None:
     bar.advance(3, rejects=1)
     assert bar.line(1.0) == "reading: 3 rejects=1"
     assert Bar(5, "reading", None).line(1.0) == "reading: 0/5"
+
+
+def test_what_an_earlier_run_has_done_takes_no_time(tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    with progress(100, "training", file) as bar:
+        bar.resume(60)
+        assert bar.line(1.0) == "training: 60/100"
+        bar.advance(10)
+        assert bar.line(20.0) == "training: 70/100, 60 s left"
+    told = json.loads(file.read_text(encoding="utf-8")) | {"seconds": 20.0}
+    assert progress_text(told) == "training 70/100 left=60s"
 
 
 def test_the_file_says_how_far_it_is_also_after_a_failure(tmp_path: Path) -> None:

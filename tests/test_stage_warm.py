@@ -42,6 +42,7 @@ def body(params, context):
         with context.save_on_stop():
             while not context.stopping:
                 time.sleep(0.01)
+            time.sleep(float(os.environ.get("SECONDS_TO_WRITE", "0")))
             Path("saved").touch()
     return {"answer": VERSION}
 
@@ -148,16 +149,22 @@ def test_killed_it_takes_the_child_along(folder: Folder) -> None:
     assert not (folder.path / "saved").exists()
 
 
-def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder) -> None:
+@pytest.mark.parametrize("asked", ["the starter is killed", "the whole group is asked to stop"])
+def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder, asked: str) -> None:
+    """A starter in the group is gone at once; that is no second request, which would cut the saving short."""
+    (folder.path / "params.yaml").write_text(f"{SHARED}toy: {{does: wait}}\n")
     starter = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run([{sys.executable!r}, '-m', 'toy'])"],
         cwd=folder.path,
-        env={**os.environ, "LIFECYCLE_TRACKING": "off", **WARM},
+        env={**os.environ, "LIFECYCLE_TRACKING": "off", "SECONDS_TO_WRITE": "2", **WARM},
+        start_new_session=True,
     )
-    (folder.path / "params.yaml").write_text(f"{SHARED}toy: {{does: wait}}\n")
     until((folder.path / "begun").exists, "its beginning")
     child = psutil.Process(int((folder.path / ".work/toy/lock").read_text()))
-    starter.kill()
+    if asked == "the starter is killed":
+        starter.kill()
+    else:
+        os.killpg(starter.pid, signal.SIGTERM)
     starter.wait()
     until((folder.path / "saved").exists, "its saving")
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "its end")

@@ -333,7 +333,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar.advance(state.global_step)
+        self._bar.resume(state.global_step)
         if state.global_step == 0:
             self._evaluate()
 

@@ -58,7 +58,7 @@ class Course:
         """Take the steps that are left, or those until the guard stops; save on request and leave."""
         episodes, answers = self.ppo.rollouts.episodes, self.ppo.rollouts.answers
         with context.progress(steps, f"{context.name}: steps") as bar, context.save_on_stop():
-            bar.advance(self.steps_done)
+            bar.resume(self.steps_done)
             if self.steps_done == 0:
                 self.look(context)
             while self.steps_done < steps and not self.stopped_because:

@@ -23,11 +23,18 @@ class Bar:
         self.total = total
         self.description = description
         self.done = 0
+        self._before = 0
         self.figures: dict[str, float | str] = {}
         self._file = file
         self._started = self._last_line = time.monotonic()
         self._last_file = 0.0
         self._drawn = _draw(total, description) if sys.stderr.isatty() else None
+
+    def resume(self, done: int) -> None:
+        """Begin at what an earlier run has done: it takes no time here."""
+        self.done = self._before = done
+        if self._drawn is not None:
+            self._drawn.reset(self._drawn.task_ids[0], completed=done, figures=self._figures_text())
 
     def advance(self, n: int = 1, **figures: float | str) -> None:
         """Count `n` more steps and show `figures` (loss=0.3) beside the bar."""
@@ -47,8 +54,8 @@ class Bar:
         """The bar in words, `seconds` after its start: done, total, time left, figures."""
         if self.total is None:
             return f"{self.description}: {self.done} {self._figures_text()}".rstrip()
-        left = seconds / self.done * (self.total - self.done) if self.done else float("nan")
-        left_text = f", {left:.0f} s left" if self.done else ""
+        now_done = self.done - self._before
+        left_text = f", {seconds / now_done * (self.total - self.done):.0f} s left" if now_done else ""
         return f"{self.description}: {self.done}/{self.total}{left_text} {self._figures_text()}".rstrip()
 
     def close(self) -> None:
@@ -68,6 +75,7 @@ class Bar:
         state = {
             "description": self.description,
             "done": self.done,
+            "before": self._before,
             "total": self.total,
             "figures": self.figures,
             "seconds": round(time.monotonic() - self._started, 3),

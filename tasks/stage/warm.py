@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,6 +49,31 @@ class Request:
     environment: dict[str, str]
 
 
+class _Child:
+    """The process that works for this one."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._asked = False
+
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        """Pass a request to stop on."""
+        self._asked = True
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._number, number)
+
+    def end(self) -> None:
+        """Whoever started this process is gone: ask once, since a second request would cut the saving short.
+
+        The child dies with this process in any case.
+        """
+        if not self._asked:
+            say("whoever started this stage is gone: stopping")
+            self.ask(signal.SIGTERM)
+        time.sleep(SECONDS_TO_END)
+        os._exit(128 + signal.SIGTERM)
+
+
 def stand_in() -> int | None:
     """Have the program of this process run by a child of the host, and return its exit code once it has ended.
 
@@ -69,14 +94,15 @@ def stand_in() -> int | None:
             return None
         request = Request(program.name, str(Path.cwd()), environment)
         socket.send_fds(connection, [json.dumps(asdict(request)).encode()], [1, 2])
-        child = int(connection.recv(LARGEST_MESSAGE) or 0)
-        if child == 0:
+        number = int(connection.recv(LARGEST_MESSAGE) or 0)
+        if number == 0:
             return None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _pass_on(child))
+        child = _Child(number)
+        for request_to_stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(request_to_stop, child.ask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    starter.watch(lambda: starter.intact(links), lambda: _end(child), lambda: None)
+    starter.watch(lambda: starter.intact(links), child.end, lambda: None)
     ended = connection.recv(LARGEST_MESSAGE)
     code = int(ended) if ended else -signal.SIGKILL  # a host that is gone cannot say
     if code < 0:
@@ -117,23 +143,6 @@ def _ours(connection: socket.socket) -> bool:
     """Whether the same user is at the other end: an address of this kind is open to everybody."""
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", found)[1] == os.getuid())
-
-
-def _pass_on(child: int) -> Callable[[int, FrameType | None], None]:
-    def pass_on(number: int, _: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
-
-    return pass_on
-
-
-def _end(child: int) -> None:
-    """Whoever started this process is gone: ask the child to stop; it dies with us in any case."""
-    say("whoever started this stage is gone: stopping")
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGTERM)
-    time.sleep(SECONDS_TO_END)
-    os._exit(128 + signal.SIGTERM)
 
 
 def serve(address: str, runner: int) -> tuple[Request, socket.socket] | None:
