@@ -201,7 +201,7 @@ def run(model: str, names: Sequence[str], folder: Path, base: Mapping[str, Any])
 
 
 def compared(name: str, model: str, measured: float, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The estimate beside a measured peak.
+    """The estimate beside a measured peak: of batches without padding, as all texts are cut at the same limit.
 
     Before its last step PPO keeps as the best state the one it began with, which has no moments of Adam.
     """
@@ -212,7 +212,7 @@ def compared(name: str, model: str, measured: float, base: Mapping[str, Any]) ->
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / BASE).mkdir(parents=True)
         write_json(Path(root) / BASE / "config.json", CONFIGS[model])
-        on = Target(gpu=True, mixed=precision == "bf16")
+        on = Target(gpu=True, mixed=precision == "bf16", padded=False)
         need = needs(row.split("_")[0], params(row, precision, base), Path(root), on=on)
     first = {"best state": FLOAT / (FLOAT + ADAM)}
     phases = need.memory.without(MAPPED).phases

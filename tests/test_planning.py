@@ -198,6 +198,24 @@ def test_estimates_are_near_what_was_measured_on_a_gpu() -> None:
         assert again["estimated_mb"] == found["estimated_mb"], name
 
 
+def test_padding_costs_t5_a_matrix_for_each_head_row_and_encoder_layer(tmp_path: Path) -> None:
+    gpu = module("gpu")
+
+    def held(model: str, padded: bool) -> float:
+        (tmp_path / model / gpu.BASE).mkdir(parents=True, exist_ok=True)
+        (tmp_path / model / gpu.BASE / "config.json").write_text(json.dumps(gpu.CONFIGS[model]))
+        on = memory.Target(gpu=True, padded=padded)
+        given = gpu.params("finetune_lora", "fp32", params())
+        need = stages.needs("finetune", given, tmp_path / model, stages.rough, on)
+        return need.memory.parts["activations"]
+
+    of_the_encoder = 4 * gpu.MICRO_BATCH * 12 * 12 * gpu.PROMPT**2
+    of_the_decoder = 4 * gpu.MICRO_BATCH * 12 * 12 * gpu.RESPONSE * (gpu.RESPONSE + gpu.PROMPT)
+    costs = held("flan-t5-base", True) - held("flan-t5-base", False)
+    assert costs == pytest.approx(of_the_encoder + of_the_decoder)
+    assert held("qwen2.5-0.5b", True) == held("qwen2.5-0.5b", False)
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
     whole = fit.changed(params(), BIG | {"base.architecture.family": family, "finetune.method": "full"})

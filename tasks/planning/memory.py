@@ -52,10 +52,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a stage runs: on a GPU or not, in mixed precision or in float32."""
+    """How a stage runs: on a GPU or not, in mixed precision or in float32, on batches with padding or without.
+
+    With padding each row has a mask of its own, to which each of T5's layers adds its position bias.
+    """
 
     gpu: bool = False
     mixed: bool = False
+    padded: bool = True
 
     @property
     def width(self) -> int:
@@ -117,7 +121,7 @@ def activations(shape: Shape, of: Kept, rows: int, prompt: int, response: int, o
 def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, crossed: bool = False) -> float:
     """Bytes kept for one row: inputs of the norm and of the layers behind it, queries, keys, values, result.
 
-    T5 adds its position bias to a mask, a matrix for each head and row; scores take the same room.
+    T5 adds its position bias to the mask of padding, a matrix for each head and row; scores take the same room.
     """
     found: float = queries * FLOAT * shape.width * (1 + of.norms)
     if of.attention:
@@ -130,7 +134,7 @@ def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, cros
     found += on.width * 2 * of.rank * of.attention * (queries + keys)
     if of.scaled:
         found += FLOAT * keys * 2 * shape.keys
-    if shape.is_encoder_decoder:
+    if shape.is_encoder_decoder and on.padded:
         found += on.width * shape.heads * queries * keys
     if of.dropout and of.attention:  # each adapted layer drops; in float32 it keeps a copy of its own
         read = queries * (shape.width + shape.inner) + 2 * (keys if crossed else queries) * shape.width

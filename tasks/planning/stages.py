@@ -250,7 +250,7 @@ def _ppo(data: Params, root: Path, count: Count, on: Target) -> Need:
     episodes = math.ceil(rollouts["episodes"] / _processes(data))  # of each process
     size = math.ceil(episodes / update["minibatches"])
     rows = min(update["micro_batch_size"] or size, size)
-    single = Target(gpu=on.gpu)  # PPO's own models compute in float32
+    single = replace(on, mixed=False)  # PPO's own models compute in float32
     held = trunks * _held(shape, keep, rows, (prompt, response), single)
     held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
     prompts = math.ceil(episodes / rollouts["answers"])
