@@ -1,5 +1,6 @@
 """What every test shares: no telemetry, no network for models, the data of others, ready stores, one order."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -73,6 +74,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
+def pytest_collection_finish() -> None:
+    """The libraries stay: whoever collects garbage, as each training does, need not look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
