@@ -194,9 +194,12 @@ class Run:
                 self.settle(name)
 
     def _up_to_date(self, name: str) -> bool:
-        if name in self.forced:
+        """A stage that is due for what it reads alone is looked at again: that may be the same as before.
+
+        One that has changed itself is left to DVC, which looks too.
+        """
+        if name in self.forced or self.changed[name]:
             return False
-        # a parent may have made the same outputs again
         return name not in self.due or not pipeline.changes(self.root, [name])[name]
 
     def _fail(self, result: Result, code: int, message: str, log: Path | None = None) -> None:

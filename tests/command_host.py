@@ -213,7 +213,7 @@ def _become(request: warm.Request, connection: socket.socket) -> None:
 
 if __name__ == "__main__":
     # a command sets up logging for itself
-    with patch.object(warm, "LIBRARIES", LIBRARIES), patch("logging.config.dictConfig"):
+    with patch.multiple(warm, LIBRARIES=LIBRARIES, LATER=()), patch("logging.config.dictConfig"):
         forked = warm.serve(f"\0{sys.argv[1]}", int(sys.argv[2]))
     if forked is not None:
         _become(*forked)

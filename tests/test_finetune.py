@@ -31,7 +31,7 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def tune(
-    ground: Workplace, method: str, out: Path, monkeypatch: pytest.MonkeyPatch, epochs: int = 6
+    ground: Workplace, method: str, out: Path, monkeypatch: pytest.MonkeyPatch, epochs: int = 3
 ) -> dict[str, float]:
     """Run the stage's body in this process."""
     monkeypatch.chdir(ground.root)

@@ -14,6 +14,7 @@ from typing import Any
 import command_host
 import pytest
 import yaml
+from prefect_server import PrefectServer
 
 from flows.params_file import change
 from tasks.stage import ParamsError
@@ -109,9 +110,9 @@ class Clone:
 
 @pytest.fixture(scope="module")
 def clone(
-    tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path, prefect_template: Path
+    tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path, prefect_server: PrefectServer
 ) -> Iterator[Clone]:
-    """Where `lifecycle run --preset smoke` has run."""
+    """Where `lifecycle run --preset smoke` has run, and recorded itself at the server that the tests share."""
     root = tmp_path_factory.mktemp("clone")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -121,10 +122,9 @@ def clone(
             shutil.copy(ROOT / name, root / name)
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     shutil.copy(mlflow_template, root / "mlflow.db")
-    shutil.copytree(prefect_template, root / ".work" / "prefect")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(root / ".work" / "prefect"))
-        patch.delenv("PREFECT_API_URL", raising=False)
+        patch.setenv("PREFECT_HOME", str(prefect_server.home))
+        patch.setenv("PREFECT_API_URL", prefect_server.url)
         clone = Clone(root)
         clone.call("flows.cli", "run", "--preset", "smoke", tracking="on", run=command_host.run_plainly)
         yield clone

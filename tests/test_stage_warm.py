@@ -31,7 +31,7 @@ def body(params, context):
     print(json.dumps({
         "pid": os.getpid(), "parent": Path(f"/proc/{os.getppid()}/cmdline").read_text(), "folder": os.getcwd(),
         "word": os.environ.get("WORD"), "threads": torch.get_num_threads(), "path": sys.path[0],
-        "argv": len(sys.argv),
+        "argv": len(sys.argv), "later": "sched" in sys.modules,
     }), flush=True)
     if params.does == "data":
         raise DataError("rows.jsonl:3: no output")
@@ -53,7 +53,7 @@ HOST = """
 import sys
 import tasks.stage.warm as warm
 
-warm.LIBRARIES = ("torch",)
+warm.LIBRARIES, warm.LATER = ("torch",), ("sched",)
 forked = warm.serve("\\0" + sys.argv[1], int(sys.argv[2]))
 if forked is not None:
     warm.become(*forked)
@@ -176,7 +176,9 @@ def test_an_interpreter_that_is_set_otherwise_starts_by_itself(folder: Folder, t
     assert "tasks.stage.warm" not in str(found["parent"])
 
 
-def test_the_host_ends_with_the_runner(folder: Folder) -> None:
+def test_the_host_imports_the_rest_when_the_first_stage_has_begun_and_ends_with_the_runner(
+    folder: Folder,
+) -> None:
     """A host as any other, but for the time that it takes to import more than torch."""
     with runs() as runner:
         address = f"lifecycle-{os.getuid()}-{runner.pid}"
@@ -184,7 +186,9 @@ def test_the_host_ends_with_the_runner(folder: Folder) -> None:
         host = subprocess.Popen(command, env={**os.environ, **WARM})
         until(lambda: listens(address), "the host")
         found, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})
-        assert "tasks.stage.warm" in str(found["parent"])
+        second, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})
+        assert all("tasks.stage.warm" in str(each["parent"]) for each in (found, second))
+        assert (found["later"], second["later"]) == (False, True)
         assert host.poll() is None
     assert host.wait(SECONDS) == 0
     again, _ = folder.run("good", **{warm.VARIABLE: str(runner.pid)})

@@ -34,6 +34,10 @@ from tasks.stage.errors import say
 VARIABLE = "LIFECYCLE_WARM"
 FOR_CHILDREN = "LIFECYCLE_WARM_CHILDREN"  # the same offer, for what a stage that was started so starts itself
 LIBRARIES = ("torch", "transformers.trainer", "peft", "datasets", "trl", "transformers.models.t5.modeling_t5")
+LATER = (  # what the first stage of a run can do without while it works
+    "rouge_score.rouge_scorer", "sacrebleu", "sklearn.linear_model", "matplotlib.backends.backend_agg",
+    "compressed_tensors", "ruamel.yaml",
+)  # fmt: skip
 LARGEST_MESSAGE = 2**17
 SECONDS_TO_START = 60.0
 SECONDS_BETWEEN_TRIES = 0.05
@@ -160,6 +164,7 @@ def serve(address: str, runner: int) -> tuple[Request, socket.socket] | None:
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.freeze()
+    later = iter(LATER)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     selector.register(watched, selectors.EVENT_READ)
@@ -186,6 +191,9 @@ def serve(address: str, runner: int) -> tuple[Request, socket.socket] | None:
                 ending = os.pidfd_open(child)
                 children[ending] = child, connection
                 selector.register(ending, selectors.EVENT_READ)
+                for library in later:
+                    importlib.import_module(library)
+                gc.freeze()
             elif key.fd in children:
                 selector.unregister(key.fd)
                 child, connection = children.pop(key.fd)
