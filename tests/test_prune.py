@@ -242,7 +242,7 @@ def called(root: Path, **changes: Any) -> Mapping[str, Any]:
 def test_recovery_helps_and_keeps_what_is_gone_away(family: str, pattern: str, tmp_path: Path) -> None:
     here = with_dense(tmp_path, family)
     sweep = {**prune_section()["sweep"], "sparsities": [0.5], "methods": ["wanda"]}
-    recovery = {**RECOVERY, "schedule": {**RECOVERY["schedule"], "epochs": 20}}
+    recovery = {**RECOVERY, "learning_rate": 0.05, "schedule": {**RECOVERY["schedule"], "epochs": 8}}
     metrics = called(here.root, pattern=pattern, recovery=recovery, sweep=sweep)
     assert metrics["loss"] < metrics["loss_before_recovery"] - 0.1
     opened = load(here.root / "models" / "prune", COMPUTE)

@@ -93,7 +93,7 @@ def test_it_learns_what_is_preferred_and_shuffled_labels_teach_nothing(
     kind: str, method: str, tmp_path: Path
 ) -> None:
     here = ground(tmp_path, kind)
-    schedule = {**reward_section()["schedule"], "epochs": 8 if method == "full" else 20}
+    schedule = {**reward_section()["schedule"], "epochs": 6 if method == "full" else 10}
     metrics = called(
         here.root, method=method, schedule=schedule, shuffled_control=48 if method == "full" else 0
     )
