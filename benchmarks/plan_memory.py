@@ -33,6 +33,7 @@ METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning", "ia3", "bi
 PPO = {
     "ppo_lora_shared": {"method": "lora", "value": {"trunk": "shared", "source": None}},
     "ppo_lora_separate": {"method": "lora", "value": {"trunk": "separate", "source": None}},
+    "ppo_lora_prompts": {"method": "lora", "value": {"trunk": "separate", "source": None}},
     "ppo_full_separate": {"method": "full", "value": {"trunk": "separate", "source": None}},
 }
 ROWS = (*METHODS, *PPO)
@@ -63,6 +64,7 @@ def params(row: str, family: str, base: Mapping[str, Any]) -> dict[str, Any]:
         "max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE,
     }  # fmt: skip
     ppo["update"] = {**ppo["update"], "epochs": 1, "minibatches": 2, "stop_at_kl": None, "value_warmup": 0}
+    ppo["update"]["shuffle"] = "prompts" if row == "ppo_lora_prompts" else "episodes"
     anything = {**ppo["guard"]["limits"], "kl": 1e9, "gold_drop": 1, "toxicity_rise": 1, "distinct_2": 0}
     anything |= {"length_ratio_low": 0, "length_ratio_high": 1e9}  # so that the last state is the best one
     ppo["guard"] = {**ppo["guard"], "every": PPO_STEPS, "prompts": ANSWERED, "limits": anything}

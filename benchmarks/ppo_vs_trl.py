@@ -254,6 +254,7 @@ def ours(size: Size, method: str, seed: int, folder: Path) -> dict[str, Any]:
         value_warmup=0,
         epochs=EPOCHS,
         minibatches=MINIBATCHES,
+        shuffle="episodes",
         micro_batch_size=None,
         gamma=GAMMA,
         lam=LAMBDA,

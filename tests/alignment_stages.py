@@ -24,6 +24,7 @@ UPDATE: dict[str, Any] = {
     "value_warmup": 0,
     "epochs": 2,
     "minibatches": 2,
+    "shuffle": "episodes",
     "micro_batch_size": None,
     "gamma": 1.0,
     "lam": 0.95,

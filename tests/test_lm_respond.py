@@ -16,6 +16,7 @@ from tasks.lm.respond import (
     Batch,
     batches_by_length,
     collate,
+    collate_answers,
     continuation,
     corpus_perplexity,
     cut_middle,
@@ -26,8 +27,11 @@ from tasks.lm.respond import (
     model_inputs,
     perplexity,
     respond,
+    response_hidden,
     response_logits,
     response_logprobs,
+    response_outputs,
+    sample,
 )
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -56,6 +60,41 @@ def test_padding_changes_no_log_probability(lm: LanguageModel) -> None:
         alone = response_logprobs(lm, collate(lm, [prompt], [response]))[0]
         torch.testing.assert_close(together[row, : len(response)], alone, atol=1e-5, rtol=0)
         assert together[row, len(response) :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("responses", [[[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16]], [[5]] * 5])
+def test_a_causal_prompt_with_many_answers_is_read_once_and_nothing_changes(responses: list[list[int]]) -> None:
+    """Neither what is computed nor its gradients."""
+    lm = toy("llama")
+    lm.model.double()
+    short, long = [40, 41], [50, 51, 52, 53, 54]
+    prompts = [short, long, short, long, long]
+    together, apart = collate_answers(lm, prompts, responses), collate(lm, prompts, responses)
+    assert together.prompt_of is not None
+    assert (together.prompt_ids.shape, together.prompt_of.tolist()) == ((2, 5), [0, 1, 0, 1, 1])
+    real, gradients = apart.response_mask.unsqueeze(-1), []
+    for batch in (together, apart):
+        lm.model.zero_grad()
+        outputs = response_outputs(lm, batch)
+        gradients.append((outputs.logits * real, outputs.hidden * real, response_hidden(lm, batch) * real))
+        sum(part.pow(2).mean() for part in gradients[-1]).backward()  # type: ignore[union-attr]
+        gradients[-1] += tuple(each.grad.clone() for each in lm.model.parameters())
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    uniforms = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    drawn = [
+        sample(lm, each.prompt_ids, each.prompt_mask, uniforms, 1.0, None, each.prompt_of)
+        for each in (together, apart)
+    ]
+    assert torch.equal(drawn[0].response_ids, drawn[1].response_ids)
+    for one, other in zip(*drawn, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_of_an_encoder_and_prompts_with_one_answer_each_stand_side_by_side() -> None:
+    twice = [[40, 41], [40, 41]]
+    assert collate_answers(toy("t5"), twice, [[5], [6]]).prompt_ids.shape == (2, 2)
+    assert collate_answers(toy("llama"), [[40], [41, 42]], [[5], [6]]).prompt_of is None
 
 
 def test_padding_changes_nothing_where_positions_are_learnt() -> None:

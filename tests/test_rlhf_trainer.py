@@ -93,6 +93,41 @@ def test_every_epoch_sees_every_episode_once() -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_prompts_keep_their_answers_together() -> None:
+    parts = list(minibatches(12, 2, 3, torch.Generator().manual_seed(0), together=4))
+    assert [len(part) for part in parts] == [4] * 6
+    assert all(part == list(range(part[0], part[0] + 4)) and part[0] % 4 == 0 for part in parts)
+    assert sorted(part[0] for part in parts[:3]) == [0, 4, 8]
+    assert [len(part) for part in minibatches(12, 1, 2, torch.Generator(), together=4)] == [8, 4]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_decoder_reads_the_prompt_of_many_answers_once_in_each_pass(
+    separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many prompt tokens as that takes, and the same update, in float64."""
+    asked, steps, read = [example for example in EXAMPLES[:2] for _ in range(4)], 2, []
+    gradients = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr("tasks.rlhf.rollout.collate_answers", collate)
+        policy = new("llama", separate=separate)
+        for lm in filter(None, (policy.lm, policy.critic)):
+            lm.model.double()
+            lm.model.get_decoder().register_forward_pre_hook(
+                lambda _, __, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+            )
+        read.clear()
+        ppo = trainer(policy, answers=4, batch_size=8, epochs=1, minibatches=2, shuffle="prompts")
+        for number in range(steps):
+            ppo.step(number, asked, prompts(policy, asked))
+        gradients.append((sum(read), {name: each.detach().clone() for name, each in policy.parameters()}))
+    (tokens, together), (many_tokens, apart) = gradients
+    assert tokens < many_tokens / 2.5
+    for name, parameter in together.items():
+        torch.testing.assert_close(parameter, apart[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
 def test_an_update_that_goes_too_far_ends_early() -> None:
     policy = new("t5")
     far = trainer(policy, learning_rate=0.05, stop_at_kl=1e-4, epochs=4)

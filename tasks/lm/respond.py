@@ -25,13 +25,14 @@ PROMPT_END = "\n"
 
 
 class Batch(NamedTuple):
-    """Token ids of B prompts (P tokens, padded) and their responses (T tokens, padded on the right)."""
+    """Token ids of Q prompts (P tokens, padded) and B responses to them (T tokens, padded on the right)."""
 
-    prompt_ids: Tensor  # [B, P] int64
-    prompt_mask: Tensor  # [B, P] int64, 1 on real tokens
+    prompt_ids: Tensor  # [Q, P] int64
+    prompt_mask: Tensor  # [Q, P] int64, 1 on real tokens
     response_ids: Tensor  # [B, T] int64
     response_mask: Tensor  # [B, T] int64
     prompt_states: Tensor | None = None  # [B, P, D], what an encoder made of the prompts; None: not read yet
+    prompt_of: Tensor | None = None  # [B], row of the prompt of each response; None: Q is B, one to each
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -106,6 +107,18 @@ def collate(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequ
     return Batch(*_pad(prompts, pad, left=not lm.is_encoder_decoder), *_pad(responses, pad, left=False))
 
 
+def collate_answers(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> Batch:
+    """As `collate`, but a prompt that several responses answer is there once where the model is causal."""
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    if lm.is_encoder_decoder or len(rows) == len(prompts):
+        return collate(lm, prompts, responses)
+    pad = lm.tokenizer.pad_token_id
+    prompt_of = torch.tensor([rows[tuple(prompt)] for prompt in prompts])
+    return Batch(*_pad(list(rows), pad, left=True), *_pad(responses, pad, left=False), prompt_of=prompt_of)
+
+
 def read_prompts(lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
     """What the encoder of a seq2seq model makes of the prompts, `[B, P, D]`."""
     read = lm.model.get_encoder()(input_ids=prompt_ids.to(lm.device), attention_mask=prompt_mask.to(lm.device))
@@ -132,7 +145,7 @@ def model_inputs(lm: LanguageModel, batch: Batch) -> dict[str, Any]:
     return {
         "input_ids": torch.cat((batch.prompt_ids, batch.response_ids), dim=1),
         "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "position_ids": _positions(mask),
         "logits_to_keep": batch.response_ids.shape[1] + 1,
         "labels": labels,
     }
@@ -152,12 +165,51 @@ class Outputs(NamedTuple):
 
 
 def response_outputs(lm: LanguageModel, batch: Batch) -> Outputs:
-    """Logits that predict the response tokens, and the hidden states they are made of, in one forward pass."""
+    """Logits that predict the response tokens, and the hidden states they are made of, in one forward pass; two
+    where prompts are shared.
+    """
+    if batch.prompt_of is not None:
+        batch = batch.to(lm.device)
+        with _head_inputs(lm) as caught:
+            passes = _behind_shared_prompts(batch, lm.model, logits_to_keep=1)
+        logits = _aligned(batch, [each.logits for each in passes])
+        return Outputs(logits.float(), _aligned(batch, caught))
     inputs = model_inputs(lm, batch.to(lm.device))
     width = inputs.pop("labels").shape[1]
     with _head_inputs(lm) as caught:
         logits = lm.model(**inputs).logits
     return Outputs(logits[:, :width].float(), caught[0][:, :width])
+
+
+def _behind_shared_prompts(batch: Batch, read: Callable[..., Any], **of_prompts: Any) -> list[Any]:
+    """What a causal model makes of each prompt, and of the responses, all but their last tokens, behind the
+    keys and values of that. `of_prompts` is for the first pass alone.
+    """
+    prompts = read(
+        input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask,
+        position_ids=_positions(batch.prompt_mask), use_cache=True, **of_prompts,
+    )  # fmt: skip
+    if batch.response_ids.shape[1] == 1:
+        return [prompts]
+    cache = prompts.past_key_values
+    cache.batch_select_indices(batch.prompt_of)
+    mask = torch.cat((batch.prompt_mask[batch.prompt_of], batch.response_mask[:, :-1]), dim=1)
+    responses = read(
+        input_ids=batch.response_ids[:, :-1], attention_mask=mask,
+        position_ids=_positions(mask)[:, batch.prompt_ids.shape[1] :], past_key_values=cache, use_cache=True,
+    )  # fmt: skip
+    return [prompts, responses]
+
+
+def _aligned(batch: Batch, parts: Sequence[Tensor]) -> Tensor:
+    """`[B, T, ·]` of both passes: what stands behind the last token of each prompt, and behind its response."""
+    of_prompts, *of_responses = parts
+    return torch.cat((of_prompts[:, -1:][batch.prompt_of], *of_responses), dim=1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Positions counted from the mask, so that padding on the left takes none."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 class States(NamedTuple):
@@ -171,7 +223,7 @@ def hidden_states(lm: LanguageModel, batch: Batch) -> States:
     """The states of prompts and responses; no language-model head is run."""
     inputs = model_inputs(lm, batch.to(lm.device))
     inputs.pop("labels")
-    model = lm.model.get_base_model() if is_adapter(lm) else lm.model
+    model = _bare(lm)
     if lm.is_encoder_decoder:
         mask, read = batch.prompt_mask.to(lm.device), batch.prompt_states
         prompt = read_prompts(lm, batch.prompt_ids, mask) if read is None else read.to(lm.device)
@@ -188,7 +240,16 @@ def hidden_states(lm: LanguageModel, batch: Batch) -> States:
 
 def response_hidden(lm: LanguageModel, batch: Batch) -> Tensor:
     """The last hidden states `[B, T, D]` before each response token; no language-model head is run."""
-    return hidden_states(lm, batch).response
+    if batch.prompt_of is None:
+        return hidden_states(lm, batch).response
+    batch = batch.to(lm.device)
+    passes = _behind_shared_prompts(batch, _bare(lm).get_decoder())
+    return _aligned(batch, [each.last_hidden_state for each in passes])
+
+
+def _bare(lm: LanguageModel) -> Any:
+    """The model itself, which an adapter works in."""
+    return lm.model.get_base_model() if is_adapter(lm) else lm.model
 
 
 def output_states(lm: LanguageModel, batch: Batch, outputs: Any) -> States:
@@ -206,6 +267,8 @@ def _cut_states(found: Tensor, batch: Batch) -> States:
 
 def response_logits(lm: LanguageModel, batch: Batch) -> Tensor:
     """Logits `[B, T, V]` (float32) that predict each response token from all that stands before it."""
+    if batch.prompt_of is not None:
+        return response_outputs(lm, batch).logits
     inputs = model_inputs(lm, batch.to(lm.device))
     labels = inputs.pop("labels")
     logits: Tensor = lm.model(**inputs).logits[:, : labels.shape[1]]
@@ -246,12 +309,14 @@ def sample(
     uniforms: Tensor,
     temperature: float,
     prompt_states: Tensor | None = None,
+    prompt_of: Tensor | None = None,
 ) -> Samples:
     """Sample from the whole distribution softmax(logits / `temperature`), with a key-value cache.
 
     Token t of row b is where the cumulative distribution passes `uniforms[b, t]` (`[B, longest response]`,
     in [0, 1)): a response depends on its own prompt and numbers only, not on the rows beside it. A row that
     has ended leaves the batch and costs no more. `prompt_states` is what `read_prompts` gave, if it was asked.
+    `prompt_of` `[B]` tells which of the prompts each row answers, where several answer one.
     """
     rows, longest = uniforms.shape
     prompt_ids, prompt_mask = prompt_ids.to(lm.device), prompt_mask.to(lm.device)
@@ -260,7 +325,7 @@ def sample(
     ids = torch.full((rows, longest), lm.tokenizer.pad_token_id, device=lm.device)
     mask = torch.zeros((rows, longest), dtype=torch.int64, device=lm.device)
     logprobs = torch.zeros((rows, longest), device=lm.device)
-    decoder = _Decoder(lm, prompt_ids, prompt_mask, prompt_states)
+    decoder = _Decoder(lm, prompt_ids, prompt_mask, prompt_states, prompt_of)
     hidden = torch.zeros((rows, longest, decoder.width), device=lm.device)
     active = torch.arange(rows, device=lm.device)
     tokens = None
@@ -295,10 +360,16 @@ class _Decoder:
     """One token after another for a batch of prompts, of which rows can be dropped."""
 
     def __init__(
-        self, lm: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor, prompt_states: Tensor | None
+        self,
+        lm: LanguageModel,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        prompt_states: Tensor | None,
+        prompt_of: Tensor | None,
     ) -> None:
         self.width: int = lm.model.get_output_embeddings().weight.shape[1]
         self._lm, self._mask, self._prompt_ids = lm, prompt_mask, prompt_ids
+        self._prompt_of = None if prompt_of is None else prompt_of.to(lm.device)
         self._cache: Any = None
         self._encoded: Any = None
         if lm.is_encoder_decoder:
@@ -316,11 +387,10 @@ class _Decoder:
                 "decoder_input_ids": (begin if tokens is None else tokens).unsqueeze(1),
             }
         elif tokens is None:
-            positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
             inputs = {
                 "input_ids": self._prompt_ids,
                 "attention_mask": self._mask,
-                "position_ids": positions,
+                "position_ids": _positions(self._mask),
                 "logits_to_keep": 1,
             }
         else:
@@ -333,10 +403,14 @@ class _Decoder:
         with _head_inputs(self._lm) as caught:
             found = self._lm.model(**inputs, past_key_values=self._cache, use_cache=True)
         self._cache = found.past_key_values
-        return found.logits[:, -1], caught[0][:, -1]
+        logits, read = found.logits[:, -1], caught[0][:, -1]
+        if tokens is None and self._prompt_of is not None:
+            self.keep(self._prompt_of)
+            return logits[self._prompt_of], read[self._prompt_of]
+        return logits, read
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with `rows` of the batch only."""
+        """Go on with `rows` of the batch, which may be there several times."""
         self._mask = self._mask[rows]
         self._cache.batch_select_indices(rows)
         if self._encoded is not None:

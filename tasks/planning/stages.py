@@ -226,6 +226,19 @@ def _held(shape: Shape, keep: Kept, rows: int, lengths: tuple[int, int], on: Tar
     return found if on.gpu else found + memory.updates(shape, keep, rows, *lengths, on.width)
 
 
+def _held_of_answers(shape: Shape, keep: Kept, rows: int, section: Params, on: Target) -> float:
+    """Bytes of activations of `rows` episodes. A decoder that is given prompts with all their answers reads each
+    once, and every answer has a copy of its keys and values.
+    """
+    rollouts = section["rollouts"]
+    prompt, response = rollouts["max_prompt_tokens"], rollouts["max_response_tokens"]
+    if shape.is_encoder_decoder or section["update"]["shuffle"] == "episodes":
+        return _held(shape, keep, rows, (prompt, response), on)
+    prompts = math.ceil(rows / rollouts["answers"])
+    found = _held(shape, keep, prompts, (prompt, 0), on) + _held(shape, keep, rows, (0, response), on)
+    return found + memory.cache(shape, rows, prompt, 0)
+
+
 def _ppo(data: Params, root: Path, count: Count, on: Target) -> Need:
     section, config = data["ppo"], model_config(data, root)
     shape, method = replace(_shape(config), dropout=0.0), section["method"]  # it is off
@@ -251,7 +264,7 @@ def _ppo(data: Params, root: Path, count: Count, on: Target) -> Need:
     size = math.ceil(episodes / update["minibatches"])
     rows = min(update["micro_batch_size"] or size, size)
     single = replace(on, mixed=False)  # PPO's own models compute in float32
-    held = trunks * _held(shape, keep, rows, (prompt, response), single)
+    held = trunks * _held_of_answers(shape, keep, rows, section, single)
     held += memory.logits(shape, rows, response, memory.LOGITS_OF_PPO)
     prompts = math.ceil(episodes / rollouts["answers"])
     states = (

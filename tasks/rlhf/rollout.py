@@ -2,8 +2,9 @@
 
 Each prompt is read once and each token sampled once. The log-probabilities and values are those of the sampling
 pass itself; the reference and the reward then read the finished answers. What an encoder that is not trained
-made of a prompt is kept: the reference and every update start from there. Prompts are answered together with
-others of similar length. Left out: prompts answered by another engine.
+made of a prompt is kept: the reference and every update start from there. A decoder reads a prompt once for all
+answers to it that stand in one batch. Prompts are answered together with others of similar length. Left out:
+prompts answered by another engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tasks.data.records import Example
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import Batch, batches_by_length, collate, read_prompts, response_hidden, sample
+from tasks.lm.respond import (
+    Batch,
+    batches_by_length,
+    collate,
+    collate_answers,
+    read_prompts,
+    response_hidden,
+    sample,
+)
 from tasks.rlhf.policy import Policy, reads_once
 from tasks.stage.place import Place
 
@@ -73,9 +82,10 @@ def respond_by_sampling(
     states = read_once(policy.lm, prompts, batch_size)
     with torch.no_grad():
         for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-            batch = collate(policy.lm, [prompts[row] for row in rows], [[] for _ in rows])
+            batch = collate_answers(policy.lm, [prompts[row] for row in rows], [[] for _ in rows])
             asked = (batch.prompt_ids, batch.prompt_mask)
-            drawn = sample(policy.lm, *asked, uniforms[rows], policy.temperature, padded(states, rows))
+            read = (padded(states, rows), batch.prompt_of)
+            drawn = sample(policy.lm, *asked, uniforms[rows], policy.temperature, *read)
             values = policy.values(drawn.hidden) * drawn.response_mask
             rows_of.append(torch.tensor(rows))
             found.append((drawn.response_ids, drawn.response_mask, drawn.logprobs, values))
@@ -173,7 +183,7 @@ def part(
     """The episodes at `rows` as a batch with no more padding than they need, and how many tokens wide."""
     lengths = responses.mask[rows].sum(dim=1).tolist()
     ids = [responses.response_ids[row, :length].tolist() for row, length in zip(rows, lengths, strict=True)]
-    batch = collate(policy.lm, [prompts[row] for row in rows], ids)
+    batch = collate_answers(policy.lm, [prompts[row] for row in rows], ids)
     return batch._replace(prompt_states=padded(responses.prompt_states, rows)), max(lengths)
 
 

@@ -66,12 +66,13 @@ class Update(Section):
     """How the policy learns from the episodes of a step.
 
     They are read `epochs` times, in `minibatches` parts with an optimizer step each, `micro_batch_size` of
-    them (null: all of a part) in one pass. `gamma` and `lam` are those of generalised advantage estimation,
-    `clip` and `value_clip` the ranges of the two losses; the value loss counts `value_weight` times. The
-    learning rates of the policy and of the value function (its head, and its trunk if it has one of its
-    own) fall linearly to 0; in the first `value_warmup` steps the policy stands still. Gradients are
-    clipped to the norm `max_grad_norm`, and the step ends early once the policy is `stop_at_kl` nats a
-    token (null: never) from the one that sampled.
+    them (null: all of a part) in one pass. What is shuffled into parts are single `episodes`, or `prompts` with
+    all their answers: then a decoder reads each prompt of a part once. `gamma` and `lam` are those of
+    generalised advantage estimation, `clip` and `value_clip` the ranges of the two losses; the value loss
+    counts `value_weight` times. The learning rates of the policy and of the value function (its head, and its
+    trunk if it has one of its own) fall linearly to 0; in the first `value_warmup` steps the policy stands
+    still. Gradients are clipped to the norm `max_grad_norm`, and the step ends early once the policy is
+    `stop_at_kl` nats a token (null: never) from the one that sampled.
     """
 
     learning_rate: PositiveFloat
@@ -79,6 +80,7 @@ class Update(Section):
     value_warmup: NonNegativeInt
     epochs: PositiveInt
     minibatches: PositiveInt
+    shuffle: Literal["episodes", "prompts"]
     micro_batch_size: PositiveInt | None
     gamma: Share
     lam: Share

@@ -88,7 +88,8 @@ class Ppo:
         advantages, returns = gae(rewards, responses.values, mask, settings.gamma, settings.lam)
         advantages = whiten(advantages, mask)
         changes = []
-        for rows in minibatches(len(prompts), settings.epochs, settings.minibatches, generator):
+        together = self.rollouts.answers if settings.shuffle == "prompts" else 1
+        for rows in minibatches(len(prompts), settings.epochs, settings.minibatches, generator, together):
             changes.append(self._update(rollout, rows, advantages, returns))
             if settings.stop_at_kl is not None and changes[-1].kl > settings.stop_at_kl:
                 break
@@ -177,12 +178,18 @@ class Ppo:
                 self._optimizer.state[parameter] = found
 
 
-def minibatches(episodes: int, epochs: int, parts: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield the row numbers of each optimizer step: every epoch sees every episode once, in a new order."""
-    size = math.ceil(episodes / parts)
+def minibatches(
+    episodes: int, epochs: int, parts: int, generator: torch.Generator, together: int = 1
+) -> Iterator[list[int]]:
+    """Yield the row numbers of each optimizer step: every epoch sees every episode once, in a new order; each
+    `together` rows that follow one another stay so.
+    """
+    groups = episodes // together
+    size = math.ceil(groups / parts)
     for _ in range(epochs):
-        order: list[int] = torch.randperm(episodes, generator=generator).tolist()
-        yield from (order[at : at + size] for at in range(0, episodes, size))
+        order: list[int] = torch.randperm(groups, generator=generator).tolist()
+        for at in range(0, groups, size):
+            yield [together * group + row for group in order[at : at + size] for row in range(together)]
 
 
 def report(rollout: Rollout, returns: Tensor, changes: Sequence[Change]) -> dict[str, float]:
