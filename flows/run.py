@@ -228,7 +228,7 @@ class Run:
         if self.parent is not None:
             ids["LIFECYCLE_PARENT_RUN_ID"] = self.parent.id
         if not has_gpu():
-            ids[warm.VARIABLE] = str(os.getpid())
+            ids[warm.VARIABLE] = os.environ.get(warm.VARIABLE, str(os.getpid()))  # a sweep offers its own
         return ids
 
     def _record(self, name: str, parent: Recorder, result: Result) -> None:

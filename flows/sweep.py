@@ -28,7 +28,8 @@ from flows.display import Display, read_state_line
 from flows.point import Point
 from flows.processes import Stopped
 from flows.workspace import child_environment
-from tasks.stage import tracking
+from tasks.planning.hardware import has_gpu
+from tasks.stage import tracking, warm
 from tasks.stage.errors import ParamsError, TryAgain, UserError, exit_code, one_line, say
 from tasks.stage.files import write_json
 from tasks.stage.lock import Lock, holder
@@ -262,10 +263,12 @@ class Work:
         self._environment: dict[str, str] = {}
 
     def begin(self) -> None:
-        """Make ready what all points share: the MLflow store, and the folders for logs and locks."""
+        """Make ready what all points share: the MLflow store, the folders for logs and locks, and the process
+        that their stages are forked from.
+        """
         for name in ("logs", "locks"):
             (place(self.root, self.sweep.name) / name).mkdir(exist_ok=True)
-        extra: dict[str, str] = {}
+        extra = {} if has_gpu() else {warm.VARIABLE: str(os.getpid())}
         if os.environ.get("LIFECYCLE_TRACKING") != "off":
             extra["MLFLOW_TRACKING_URI"] = tracking.prepare_store(self.root)
         self._environment = child_environment(extra)

@@ -40,8 +40,9 @@ THERE = sys.platform == "linux"  # elsewhere there are no such addresses, and ev
 LIBRARIES = (
     "prefect.flow_engine", "prefect.task_engine", "prefect.artifacts", "prefect.client.orchestration",
     "prefect.events.worker", "prefect.futures", "prefect.runtime.flow_run", "prefect.task_runners",
-    "dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc_http", "networkx", "fastapi", "typer", "rich.table",
-    "ruamel.yaml", "psutil", "mlflow.tracking", "transformers", "transformers.models.t5.modeling_t5",
+    "dvc.cli", "dvc.repo.reproduce", "dvc.repo.status", "dvc.commands.repro", "dvc.commands.status",
+    "dvc.stage.cache", "dvc.fs.dvc", "dvc_data.hashfile.build", "dvc_http", "scmrepo.git", "networkx",
+    "fastapi", "typer", "rich.table", "ruamel.yaml", "psutil", "mlflow.tracking", "transformers", "transformers.models.t5.modeling_t5",
 )  # fmt: skip
 _started: list["subprocess.Popen[bytes]"] = []
 

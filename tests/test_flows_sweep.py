@@ -67,6 +67,13 @@ def test_a_stage_that_is_equal_in_all_points_runs_once(swept: tuple[Toy, dict[st
     assert starts.count("b") == 4, "once in each point, and once more where it was to be tried again"
 
 
+def test_the_stages_of_all_points_would_be_forked_from_one_process(swept: tuple[Toy, dict[str, Any]]) -> None:
+    """One point alone would name its own."""
+    toy, _ = swept
+    found = set().union(*(tree.forked_for() for tree in trees(toy, "s")))
+    assert len(found) == 1 and "None" not in found
+
+
 def test_two_points_that_need_the_same_stage_take_turns(tmp_path: Path) -> None:
     """The one that comes second would find the outputs of the first; a stop ends its wait."""
     one, other = (build(tmp_path / name, {"a": []}) for name in ("one", "other"))

@@ -14,10 +14,11 @@ from typing import Any
 import command_host
 import pytest
 import yaml
+from lm_stages import RUNNER
 from prefect_server import PrefectServer
 
 from flows.params_file import change
-from tasks.stage import ParamsError
+from tasks.stage import ParamsError, warm
 from tasks.stage.params import check_all
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ class Clone:
         run: Callable[..., "subprocess.CompletedProcess[str]"] = command_host.run,
     ) -> str:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking}
+        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking, warm.VARIABLE: str(RUNNER)}
         done = run([sys.executable, "-m", *command], self.root, environment, SECONDS)
         assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -51,7 +51,7 @@ class Params(Section):
 
 def main(name: str, inputs: Sequence[str]) -> None:
     with Path(".work/starts").open("a") as file:
-        file.write(f"{name} {os.getpid()}\\n")
+        file.write(f"{name} {os.getpid()} {os.environ.get('LIFECYCLE_WARM')}\\n")
     run_stage(name, Params, lambda params, context: body(name, inputs, params, context), torch=False)
 
 
@@ -177,6 +177,10 @@ class Toy:
         """The stage processes that were ever started."""
         path = self.root / ".work" / "starts"
         return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forked_for(self) -> list[str]:
+        """For which process each stage would have been forked, if it held torch."""
+        return [line.split()[2] for line in (self.root / ".work" / "starts").read_text().splitlines()]
 
     def copy(self, root: Path) -> "Toy":
         """The same repository in another folder."""

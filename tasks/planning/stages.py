@@ -227,8 +227,8 @@ def _held(shape: Shape, keep: Kept, rows: int, lengths: tuple[int, int], on: Tar
 
 
 def _held_of_answers(shape: Shape, keep: Kept, rows: int, section: Params, on: Target) -> float:
-    """Bytes of activations of `rows` episodes. A decoder that is given prompts with all their answers reads each
-    once, and every answer has a copy of its keys and values.
+    """Bytes of activations of `rows` episodes. A decoder that is given prompts with all their answers reads
+    each once, and every answer has a copy of its keys and values.
     """
     rollouts = section["rollouts"]
     prompt, response = rollouts["max_prompt_tokens"], rollouts["max_response_tokens"]
