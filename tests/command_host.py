@@ -42,7 +42,8 @@ LIBRARIES = (
     "prefect.events.worker", "prefect.futures", "prefect.runtime.flow_run", "prefect.task_runners",
     "dvc.cli", "dvc.repo.reproduce", "dvc.repo.status", "dvc.commands.repro", "dvc.commands.status",
     "dvc.stage.cache", "dvc.fs.dvc", "dvc_data.hashfile.build", "dvc_http", "scmrepo.git", "networkx",
-    "fastapi", "typer", "rich.table", "ruamel.yaml", "psutil", "mlflow.tracking", "transformers", "transformers.models.t5.modeling_t5",
+    "fastapi", "typer", "rich.table", "ruamel.yaml", "psutil", "mlflow.tracking", "transformers",
+    "transformers.models.t5.modeling_t5",
 )  # fmt: skip
 _started: list["subprocess.Popen[bytes]"] = []
 
