@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import psutil
 import pytest
 import yaml
 from alignment_stages import UPDATE, feedback_section, ppo_section, reward_section
+from compress_stages import distill_section, with_dense
 from faults import fault_in_stage
 from lm_stages import SCHEDULE_HERE, Workplace, base_section, finetune_section, lay_out
 from lm_toys import OPTIONS, PEFT_WARNING, toy
+from toy import until
 
 from tasks.lm.model import save
 
@@ -21,14 +24,16 @@ pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 TOLERANCE = 1e-4
 CHECKPOINT = 4  # a step after which both stages write one
 SECONDS_TO_END = 30
-# Each process notes its id and its steps; the one of rank VICTIM kills itself when it begins the step STEP.
+# Each process notes its id and its steps; the one of rank VICTIM kills itself when it begins the step STEP, and
+# with SLOW there is time in each step.
 BEGIN = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 
 def begin(step):
     with Path("begun").open("a") as file:
         file.write(f"{os.getpid()} {step}\\n")
+    time.sleep(float(os.environ.get("SLOW", "0")))
     if os.environ["RANK"] == os.environ["VICTIM"] and step == int(os.environ["STEP"]):
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -166,6 +171,13 @@ def test_ppo_learns_as_with_one(ppos: tuple[Path, Path, str]) -> None:
     ]
 
 
+def test_a_student_learns_as_with_one(tmp_path: Path) -> None:
+    workplace = with_dense(tmp_path / "one", "t5")
+    workplace.set(distill=distill_section(examples=48, schedule={**SCHEDULE_HERE, "log_every": 1}))
+    one, two, _ = both(workplace, "distill")
+    assert_as_one(one, two, "distill", "train", ("loss",))
+
+
 def test_weights_in_parts_learn_as_whole_ones_and_are_saved_whole(tmp_path: Path) -> None:
     """FSDP2, whose configuration accelerate heeds on GPUs alone: here it is told that the CPU is one."""
     workplace = lay_out(tmp_path / "one", dialogues=40)
@@ -204,6 +216,37 @@ def test_killed_one_ends_the_stage_and_the_next_try_goes_on(
     harmed.run(stage, VICTIM="none", STEP="0", **fault)
     assert min(step for _, step in begun(harmed.root)) == CHECKPOINT
     assert harmed.outputs(stage) == whole.outputs(stage)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=lambda end: end.name)
+def test_when_the_stage_ends_its_processes_end_and_the_next_try_goes_on(
+    bases: tuple[Path, Path, str], tmp_path: Path, end: signal.Signals
+) -> None:
+    """Asked to stop, they save a checkpoint first; killed, it leaves them to notice."""
+    _, root, _ = bases
+    whole, ended = Workplace(root), Workplace(Path(shutil.copytree(root, tmp_path / "ended")))
+    for made in ("models/base", "reports", "metrics", ".work"):
+        shutil.rmtree(ended.root / made)
+    fault = fault_in_stage(ended.root, "tasks.lm.train", IN_TRAINING) | {"VICTIM": "none", "STEP": "0"}
+    stage = ended.start("base", SLOW="0.4", **fault)
+
+    def has_a_checkpoint() -> bool:
+        return (ended.root / "begun").exists() and any(step > CHECKPOINT for _, step in begun(ended.root))
+
+    until(has_a_checkpoint, "a checkpoint")
+    stage.send_signal(end)
+    _, said = stage.communicate(timeout=SECONDS_TO_END)
+    assert stage.returncode == (-end if end == signal.SIGKILL else 128 + end), said
+    assert "Traceback" not in said
+    until(lambda: not [pid for pid, _ in begun(ended.root) if runs(pid)], "the end of both")
+    last = max(step for _, step in begun(ended.root))
+    assert not (ended.root / "models" / "base").exists()
+
+    (ended.root / "begun").unlink()
+    ended.run("base", **fault)
+    first = min(step for _, step in begun(ended.root))
+    assert first == CHECKPOINT if end == signal.SIGKILL else first > last
+    assert ended.outputs("base") == whole.outputs("base")
 
 
 def begun(root: Path) -> list[tuple[int, int]]:
