@@ -112,10 +112,20 @@ def test_neighbours_padding_and_order_change_nothing(classifier: Classifier) -> 
     assert backwards[::-1] == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_seq2seq_model_reads_a_prompt_once_for_all_its_answers(tmp_path: Path) -> None:
-    t5 = toy_classifier("t5", tmp_path)
-    batch = t5.collate(t5.encode(PROMPTS, ANSWERS))
-    assert len(batch["prompt_ids"]) == len(set(PROMPTS)) == 2
+def test_a_prompt_is_read_once_for_all_its_answers(tmp_path: Path) -> None:
+    t5, llama = (toy_classifier(family, tmp_path / family) for family in FAMILIES)
+    assert len(set(PROMPTS)) == 2
+    assert len(t5.collate(t5.encode(PROMPTS, ANSWERS))["prompt_ids"]) == 2
+    assert len(llama.collate(llama.encode(PROMPTS, ANSWERS))["answer_ids"]) == 2
+
+
+def test_a_causal_model_with_a_window_reads_each_answer_by_itself(tmp_path: Path) -> None:
+    """As it does where positions are not rotary; with the same scores, and likelihoods."""
+    llama = new_classifier(lay_model("llama", tmp_path / "start"), COMPUTE, likelihood=2.0)
+    together = scored(trained(llama))
+    llama.model.config.sliding_window = 4096
+    assert len(llama.collate(llama.encode(PROMPTS, ANSWERS))["answer_ids"]) == 3
+    assert scored(llama) == pytest.approx(together, abs=1e-5)
 
 
 def test_the_answer_and_the_prompt_both_count(classifier: Classifier) -> None:

@@ -205,7 +205,7 @@ def test_each_completion_is_read_once_however_many_pairs_it_is_in(tmp_path: Path
     classifier = toy_classifier("llama", tmp_path)
     some = toy_comparisons(3, 1)
     batch = _collate(classifier, elements(classifier, some))
-    assert len(batch["answer_ids"]) == 12
+    assert (len(batch["answer_ids"]), len(batch["end"])) == (3, 12)
     assert len(batch["better"]) == sum(len(each.pairs) for each in some) == 12
 
 

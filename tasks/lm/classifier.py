@@ -7,7 +7,8 @@ called the same way:
   all answers to one prompt side by side in one row of the decoder, none of which sees another: its positions
   are relative, so it does not matter where an answer stands. transformers' T5 looks for the end token in the
   columns of `input_ids`, so a plain call pads prompt and answer on the left to one width;
-- causal: prompt and answer as one sequence, scored at its last token;
+- causal: prompt and answer as one sequence, scored at its last token. Where positions are rotary and nothing
+  slides, all answers to one prompt stand behind it in one row, each counted and seen as if it were alone there;
 - encoder only (BERT and the like): prompt and answer as a pair of texts.
 
 To that, a reward model of either language-model family may add the mean log-likelihood of the answer's tokens,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Ids = Sequence[int]
+OF_PROMPT, OF_PADDING = -2, -1  # in the place of an answer's number
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,7 @@ class Classifier:
             case "seq2seq":
                 return self._collate_seq2seq(texts)
             case "causal":
-                ids, mask = self._pad([text.prompt + text.answer for text in texts])
-                return {
-                    "answer_ids": ids,
-                    "mask": mask,
-                    "row": torch.arange(len(texts)),
-                    "end": mask.sum(dim=1) - 1,
-                    "length": torch.tensor([len(text.answer) for text in texts]),
-                }
+                return self._collate_causal(texts)
         ids, mask = self._pad([text.answer for text in texts])
         kinds, _ = self._pad([text.kinds for text in texts], 0)
         return {
@@ -157,8 +152,11 @@ class Classifier:
                 ).last_hidden_state
                 found = model.classification_head(hidden[batch["row"], batch["end"]])
             case "causal":
+                alone = "mask" in batch
+                seen = batch["mask"] if alone else _within(batch["answer_of"], model.dtype)
+                counted = {} if alone else {"position_ids": batch["positions"]}
                 hidden = model.base_model(
-                    batch["answer_ids"], attention_mask=batch["mask"], use_cache=False
+                    batch["answer_ids"], attention_mask=seen, use_cache=False, **counted
                 ).last_hidden_state
                 found = model.score(hidden[batch["row"], batch["end"]])
             case _:
@@ -174,8 +172,17 @@ class Classifier:
         length, row = batch["length"], batch["row"][:, None]
         step = torch.arange(int(length.max()), device=hidden.device)
         mask = step < length[:, None]
-        at = ((batch["end"] - length)[:, None] + step) * mask
-        return head.mean_logprob(hidden[row, at], batch["answer_ids"][row, at + 1], mask)
+        at = ((batch["end"] - length)[:, None] + step) * mask  # of the token before
+        read = torch.cat((batch["before"][:, None], at[:, 1:]), dim=1)
+        return head.mean_logprob(hidden[row, read], batch["answer_ids"][row, at + 1], mask)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        """Whether several answers to a prompt can be read beside one another."""
+        config = self.model.config
+        if self.family == "seq2seq":
+            return hasattr(config, "relative_attention_num_buckets")
+        return hasattr(config, "rope_parameters") and getattr(config, "sliding_window", None) is None
 
     @property
     def _lm(self) -> LanguageModel:
@@ -194,8 +201,43 @@ class Classifier:
             Text((), tuple(ids), tuple(kind)) for ids, kind in zip(encoded["input_ids"], kinds, strict=True)
         ]
 
+    def _collate_causal(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        if not self._shares_prompts:
+            ids, mask = self._pad([text.prompt + text.answer for text in texts])
+            return {
+                "answer_ids": ids,
+                "mask": mask,
+                "row": torch.arange(len(texts)),
+                "end": mask.sum(dim=1) - 1,
+                **_lengths(texts, [len(text.prompt) - 1 for text in texts]),
+            }
+        rows: dict[Ids, int] = {}
+        ids_of: list[list[int]] = []
+        answer_of: list[list[int]] = []
+        positions: list[list[int]] = []
+        places = []
+        for number, text in enumerate(texts):
+            row = rows.setdefault(text.prompt, len(rows))
+            read = len(text.prompt)
+            if row == len(ids_of):
+                ids_of.append([*text.prompt])
+                answer_of.append([OF_PROMPT] * read)
+                positions.append([*range(read)])
+            ids_of[row] += text.answer
+            answer_of[row] += [number] * len(text.answer)
+            positions[row] += range(read, read + len(text.answer))
+            places.append((row, len(ids_of[row]) - 1))
+        return {
+            "answer_ids": self._pad(ids_of)[0],
+            "answer_of": self._pad(answer_of, OF_PADDING)[0],
+            "positions": self._pad(positions, 0)[0],
+            "row": torch.tensor([row for row, _ in places]),
+            "end": torch.tensor([end for _, end in places]),
+            **_lengths(texts, [len(text.prompt) - 1 for text in texts]),
+        }
+
     def _collate_seq2seq(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        shared = hasattr(self.model.config, "relative_attention_num_buckets")
+        shared = self._shares_prompts
         start = self.model.config.decoder_start_token_id
         rows: dict[tuple[Ids, int], int] = {}
         answers: list[list[int]] = []
@@ -214,10 +256,10 @@ class Classifier:
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
             "answer_ids": self._pad(answers)[0],
-            "answer_of": self._pad(answer_of, -1)[0],
+            "answer_of": self._pad(answer_of, OF_PADDING)[0],
             "row": torch.tensor([row for row, _ in places]),
             "end": torch.tensor([end for _, end in places]),
-            "length": torch.tensor([len(text.answer) for text in texts]),
+            **_lengths(texts, [end - len(text.answer) for text, (_, end) in zip(texts, places, strict=True)]),
         }
 
     def _pad(self, rows: Sequence[Ids], value: int | None = None) -> tuple[Tensor, Tensor]:
@@ -388,9 +430,17 @@ def longest_text(classifier: Classifier) -> int:
     return int(min(positions, classifier.tokenizer.model_max_length))
 
 
+def _lengths(texts: Sequence[Text], before: Sequence[int]) -> dict[str, Tensor]:
+    """How long each answer is, and where in its row the state is that its first token is told from."""
+    return {"length": torch.tensor([len(text.answer) for text in texts]), "before": torch.tensor(before)}
+
+
 def _within(answer_of: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention `[R, 1, L, L]`: a token sees those of its own answer `[R, L]` up to itself."""
-    seen = (answer_of[:, :, None] == answer_of[:, None, :]).tril()
+    """What is added to attention `[R, 1, L, L]`: a token sees those of its own answer `[R, L]` up to itself,
+    and those of a prompt that stands before it.
+    """
+    own, theirs = answer_of[:, :, None], answer_of[:, None, :]
+    seen = ((own == theirs) | (theirs == OF_PROMPT)).tril()
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[
         :, None
     ]

@@ -173,10 +173,7 @@ def _reward(data: Params, root: Path, count: Count, on: Target) -> Need:
     completions = data["feedback"]["source"].get("completions", 2)
     keep = memory.kept(method, options)
     prompt, response = section["max_prompt_tokens"], section["max_response_tokens"]
-    # all answers stand side by side in one row of a decoder; without an encoder each is a row of its own
-    lengths, rows = (
-        ((prompt, completions * response), 1) if shape.is_encoder_decoder else ((prompt, response), completions)
-    )
+    lengths = (prompt, completions * response)  # all answers stand side by side
     return _training(
         "reward",
         shape,
@@ -187,7 +184,6 @@ def _reward(data: Params, root: Path, count: Count, on: Target) -> Need:
         on,
         FLOAT * found.total,
         _processes(data),
-        rows,
     )
 
 
@@ -201,10 +197,9 @@ def _training(
     on: Target,
     weights: float,
     processes: int,
-    sequences: int = 1,
 ) -> Need:
-    """A stage on transformers' Trainer; an example is `sequences` sequences of these lengths."""
-    rows = (schedule["micro_batch_size"] or math.ceil(schedule["batch_size"] / processes)) * sequences
+    """A stage on transformers' Trainer, with examples of these lengths."""
+    rows = schedule["micro_batch_size"] or math.ceil(schedule["batch_size"] / processes)
     held = _held(shape, keep, rows, lengths, on) + memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
     training = {
         "weights": weights,
@@ -214,7 +209,7 @@ def _training(
     }
     if on.mixed:
         training[memory.COPIES] = memory.copies(shape, keep)
-    each = passes(keep.head) * forward_flops(shape, *lengths) * sequences
+    each = passes(keep.head) * forward_flops(shape, *lengths)
     return Need(
         stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"]
     )
