@@ -45,7 +45,7 @@ LIBRARIES = (
     "fastapi", "typer", "rich.table", "ruamel.yaml", "psutil", "mlflow.tracking", "transformers",
     "transformers.models.t5.modeling_t5",
 )  # fmt: skip
-_started: list["subprocess.Popen[bytes]"] = []
+_started: list[int] = []
 
 
 class Command:
@@ -147,12 +147,12 @@ def _connected() -> socket.socket:
             connection.close()
             assert time.monotonic() < end, "no host for the commands"
         if not _started:
-            nothing = subprocess.DEVNULL
             host = [sys.executable, __file__, ADDRESS[1:], str(RUNNER)]
-            root = Path(__file__).parents[1]
-            _started.append(
-                subprocess.Popen(host, cwd=root, stdin=nothing, stdout=nothing, start_new_session=True)
-            )
+            nothing = [
+                (os.POSIX_SPAWN_OPEN, number, os.devnull, how, 0)
+                for number, how in ((0, os.O_RDONLY), (1, os.O_WRONLY))
+            ]
+            _started.append(os.posix_spawn(sys.executable, host, os.environ, file_actions=nothing, setsid=True))
         time.sleep(0.05)
 
 
