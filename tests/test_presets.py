@@ -14,11 +14,11 @@ from typing import Any
 import command_host
 import pytest
 import yaml
-from lm_stages import RUNNER
+from lm_stages import WARM
 from prefect_server import PrefectServer
 
 from flows.params_file import change
-from tasks.stage import ParamsError, warm
+from tasks.stage import ParamsError
 from tasks.stage.params import check_all
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +92,11 @@ class Clone:
         tracking: str = "off",
         run: Callable[..., "subprocess.CompletedProcess[str]"] = command_host.run,
     ) -> str:
+        """What a command writes that ends well; stages of one that is run plainly are forked as all are here."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking, warm.VARIABLE: str(RUNNER)}
+        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking}
+        if run is command_host.run_plainly:
+            environment |= WARM
         done = run([sys.executable, "-m", *command], self.root, environment, SECONDS)
         assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -152,7 +155,8 @@ def test_a_second_run_starts_no_process_and_dvc_agrees(clone: Clone) -> None:
 def test_stages_again_by_force_leave_the_same_bytes_and_what_needs_them_as_it_is(clone: Clone) -> None:
     """The first of all, and the one whose own tests do not run it twice; what lies between stays cached."""
     starts, lock, metrics = clone.starts(), clone.lock(), clone.metrics()
-    clone.call("flows.cli", "run", "--force", "--stage", "prepare", "--stage", "prune")
+    forced = ("run", "--force", "--stage", "prepare", "--stage", "prune")
+    clone.call("flows.cli", *forced, run=command_host.run_plainly)
     after = clone.starts()
     assert {stage for stage in after if after[stage] != starts[stage]} == {"prepare", "prune"}
     assert clone.lock() == lock
