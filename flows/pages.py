@@ -87,9 +87,20 @@ def launch(page: "Blocks", host: str, port: int, css: str) -> None:
         config = uvicorn.Config(
             app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         Server(config).run()
     except KeyboardInterrupt:
         say("ending it")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether an error is more than that a page was closed: what it waited for is then answered by a 404 that
+    comes too late.
+    """
+    from fastapi import HTTPException
+
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error and error.__cause__, HTTPException)
 
 
 def _knows(_name: str, password: str) -> bool:

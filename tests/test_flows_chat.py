@@ -1,6 +1,7 @@
 """`lifecycle chat`: who is let in, and the page in a real browser."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -198,6 +199,21 @@ def test_no_file_of_this_machine_is_served(tab: browser.Browser, service: Servic
         tab.ask(f"fetch('gradio_api/file={path}').then(answer => window.status_ = answer.status); 0")
         assert tab.until("window.status_") in (403, 404)
         tab.ask("window.status_ = 0")
+
+
+def test_that_a_page_was_closed_is_no_news_and_other_errors_are() -> None:
+    from fastapi import HTTPException
+
+    def told(cause: Exception) -> bool:
+        try:
+            raise RuntimeError("response already started") from cause
+        except RuntimeError:
+            record = logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "", (), sys.exc_info())
+            return pages._is_news(record)
+
+    assert not told(HTTPException(404))
+    assert told(ValueError("of ours"))
+    assert pages._is_news(logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "in words", (), None))
 
 
 def test_interrupted_it_ends_and_leaves_the_port(service: Service) -> None:

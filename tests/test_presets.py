@@ -92,7 +92,7 @@ class Clone:
         tracking: str = "off",
         run: Callable[..., "subprocess.CompletedProcess[str]"] = command_host.run,
     ) -> str:
-        """What a command writes that ends well; stages of one that is run plainly are forked as all are here."""
+        """What a command writes that ends well; one that is run plainly may fork its stages."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking}
         if run is command_host.run_plainly:
