@@ -137,7 +137,7 @@ def test_overlap_a_killed_run_a_server_that_is_restarted_and_nothing_to_do(
     assert await_end(url, killed)[0] == "Crashed"
     until(lambda: hook.events == ["crash"], "the message of the crash")
 
-    asked = start(url, "lifecycle", seconds=25)  # later than `serve` fetches beforehand
+    asked = start(url, "lifecycle", seconds=14)  # later than `serve` fetches beforehand
     prefect_server.kill()
     toy.go()
     prefect_server.__enter__()
