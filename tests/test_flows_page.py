@@ -401,20 +401,6 @@ def test_a_run_ends_with_the_page_and_does_not_fail_for_it(tmp_path: Path) -> No
     assert len(warnings) == 1 and "reports/lifecycle.html" in warnings[0]
 
 
-def test_a_run_with_nothing_to_do_leaves_the_page_unless_stages_have_run_since(tmp_path: Path) -> None:
-    toy = build(tmp_path / "toy", {"a": []}, light=True)
-    toy.dvc("repro")
-    there = toy.root / page.PAGE
-    there.parent.mkdir()
-    there.write_text("from before")
-    toy.lifecycle("run", PREFECT_HOME=str(tmp_path))
-    assert there.read_text() == "from before"
-    toy.set("a", text="another")
-    toy.dvc("repro")
-    toy.lifecycle("run", PREFECT_HOME=str(tmp_path))
-    assert "up to date" in there.read_text()
-
-
 # --- in a browser
 
 
