@@ -119,11 +119,17 @@ def test_a_prompt_is_read_once_for_all_its_answers(tmp_path: Path) -> None:
     assert len(llama.collate(llama.encode(PROMPTS, ANSWERS))["answer_ids"]) == 2
 
 
-def test_a_causal_model_with_a_window_reads_each_answer_by_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other", [{"sliding_window": 4096}, {"layer_types": ["linear_attention", "full_attention"]}]
+)
+def test_a_causal_model_whose_attention_is_not_whole_reads_each_answer_by_itself(
+    other: dict[str, object], tmp_path: Path
+) -> None:
     """As it does where positions are not rotary; with the same scores, and likelihoods."""
     llama = new_classifier(lay_model("llama", tmp_path / "start"), COMPUTE, likelihood=2.0)
     together = scored(trained(llama))
-    llama.model.config.sliding_window = 4096
+    for name, value in other.items():
+        setattr(llama.model.config, name, value)
     assert len(llama.collate(llama.encode(PROMPTS, ANSWERS))["answer_ids"]) == 3
     assert scored(llama) == pytest.approx(together, abs=1e-5)
 

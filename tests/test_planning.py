@@ -216,6 +216,21 @@ def test_padding_costs_t5_a_matrix_for_each_head_row_and_encoder_layer(tmp_path:
     assert held("qwen2.5-0.5b", True) == held("qwen2.5-0.5b", False)
 
 
+def test_a_reward_model_with_a_window_reads_the_prompt_of_each_answer(tmp_path: Path) -> None:
+    gpu = module("gpu")
+
+    def held(**config: Any) -> float:
+        (tmp_path / gpu.BASE).mkdir(parents=True, exist_ok=True)
+        (tmp_path / gpu.BASE / "config.json").write_text(json.dumps(gpu.CONFIGS["qwen2.5-0.5b"] | config))
+        given = params() | {"base": {**params()["base"], "source": str(gpu.BASE)}}
+        given["reward"]["model"] = {"source": str(gpu.BASE), "revision": None}
+        return stages.needs("reward", given, tmp_path, stages.rough).memory.parts["activations"]
+
+    shared = held()
+    assert held(sliding_window=4096, use_sliding_window=False) == shared
+    assert held(sliding_window=4096) > 2 * shared
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_what_is_smaller_needs_less(family: str, tmp_path: Path) -> None:
     whole = fit.changed(params(), BIG | {"base.architecture.family": family, "finetune.method": "full"})

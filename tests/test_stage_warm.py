@@ -53,7 +53,7 @@ HOST = """
 import sys
 import tasks.stage.warm as warm
 
-warm.LIBRARIES, warm.LATER = ("torch",), ("sched",)
+warm.LIBRARIES, warm.LATER = ("torch",), ("not_here", "sched")
 forked = warm.serve("\\0" + sys.argv[1], int(sys.argv[2]))
 if forked is not None:
     warm.become(*forked)

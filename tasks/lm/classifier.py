@@ -7,8 +7,8 @@ called the same way:
   all answers to one prompt side by side in one row of the decoder, none of which sees another: its positions
   are relative, so it does not matter where an answer stands. transformers' T5 looks for the end token in the
   columns of `input_ids`, so a plain call pads prompt and answer on the left to one width;
-- causal: prompt and answer as one sequence, scored at its last token. Where positions are rotary and nothing
-  slides, all answers to one prompt stand behind it in one row, each counted and seen as if it were alone there;
+- causal: prompt and answer as one sequence, scored at its last token. Where positions are rotary and attention
+  is whole in all layers, all answers to one prompt stand behind it in one row, each as if it were alone there;
 - encoder only (BERT and the like): prompt and answer as a pair of texts.
 
 To that, a reward model of either language-model family may add the mean log-likelihood of the answer's tokens,
@@ -182,7 +182,9 @@ class Classifier:
         config = self.model.config
         if self.family == "seq2seq":
             return hasattr(config, "relative_attention_num_buckets")
-        return hasattr(config, "rope_parameters") and getattr(config, "sliding_window", None) is None
+        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        windowed = getattr(config, "sliding_window", None) is not None
+        return hasattr(config, "rope_parameters") and not windowed and set(kinds) == {"full_attention"}
 
     @property
     def _lm(self) -> LanguageModel:

@@ -173,7 +173,9 @@ def _reward(data: Params, root: Path, count: Count, on: Target) -> Need:
     completions = data["feedback"]["source"].get("completions", 2)
     keep = memory.kept(method, options)
     prompt, response = section["max_prompt_tokens"], section["max_response_tokens"]
-    lengths = (prompt, completions * response)  # all answers stand side by side
+    windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+    # all answers stand side by side in one row, but where attention has a window
+    lengths, rows = ((prompt, response), completions) if windowed else ((prompt, completions * response), 1)
     return _training(
         "reward",
         shape,
@@ -184,6 +186,7 @@ def _reward(data: Params, root: Path, count: Count, on: Target) -> Need:
         on,
         FLOAT * found.total,
         _processes(data),
+        rows,
     )
 
 
@@ -197,9 +200,10 @@ def _training(
     on: Target,
     weights: float,
     processes: int,
+    sequences: int = 1,
 ) -> Need:
-    """A stage on transformers' Trainer, with examples of these lengths."""
-    rows = schedule["micro_batch_size"] or math.ceil(schedule["batch_size"] / processes)
+    """A stage on transformers' Trainer; an example is `sequences` sequences of these lengths."""
+    rows = (schedule["micro_batch_size"] or math.ceil(schedule["batch_size"] / processes)) * sequences
     held = _held(shape, keep, rows, lengths, on) + memory.logits(shape, rows, lengths[1], memory.LOGITS_OF_LOSS)
     training = {
         "weights": weights,
@@ -209,7 +213,7 @@ def _training(
     }
     if on.mixed:
         training[memory.COPIES] = memory.copies(shape, keep)
-    each = passes(keep.head) * forward_flops(shape, *lengths)
+    each = passes(keep.head) * forward_flops(shape, *lengths) * sequences
     return Need(
         stage, found, Memory({"training": training}), each * schedule["batch_size"], schedule["batch_size"]
     )

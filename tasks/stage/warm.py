@@ -192,7 +192,8 @@ def serve(address: str, runner: int) -> tuple[Request, socket.socket] | None:
                 children[ending] = child, connection
                 selector.register(ending, selectors.EVENT_READ)
                 for library in later:
-                    importlib.import_module(library)
+                    with contextlib.suppress(Exception):  # a stage that needs it will say what is wrong
+                        importlib.import_module(library)
                 gc.freeze()
             elif key.fd in children:
                 selector.unregister(key.fd)
