@@ -106,11 +106,9 @@ def test_a_decoder_reads_the_prompt_of_many_answers_once_in_each_pass(
     separate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many prompt tokens as that takes, and the same update, in float64."""
-    asked, steps, read = [example for example in EXAMPLES[:2] for _ in range(4)], 2, []
-    gradients = []
-    for once in (True, False):
-        if not once:
-            monkeypatch.setattr("tasks.rlhf.rollout.collate_answers", collate)
+    asked, read = [example for example in EXAMPLES[:2] for _ in range(4)], []
+
+    def trained(shuffle: str) -> tuple[int, dict[str, Tensor]]:
         policy = new("llama", separate=separate)
         for lm in filter(None, (policy.lm, policy.critic)):
             lm.model.double()
@@ -118,11 +116,16 @@ def test_a_decoder_reads_the_prompt_of_many_answers_once_in_each_pass(
                 lambda _, __, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
             )
         read.clear()
-        ppo = trainer(policy, answers=4, batch_size=8, epochs=1, minibatches=2, shuffle="prompts")
-        for number in range(steps):
+        ppo = trainer(policy, answers=4, batch_size=8, epochs=1, minibatches=2, shuffle=shuffle)
+        for number in range(2):
             ppo.step(number, asked, prompts(policy, asked))
-        gradients.append((sum(read), {name: each.detach().clone() for name, each in policy.parameters()}))
-    (tokens, together), (many_tokens, apart) = gradients
+        return sum(read), {name: each.detach().clone() for name, each in policy.parameters()}
+
+    mixed, _ = trained("episodes")
+    tokens, together = trained("prompts")
+    monkeypatch.setattr("tasks.rlhf.rollout.collate_answers", collate)
+    many_tokens, apart = trained("prompts")
+    assert tokens < mixed < many_tokens
     assert tokens < many_tokens / 2.5
     for name, parameter in together.items():
         torch.testing.assert_close(parameter, apart[name], atol=1e-4, rtol=1e-4, msg=name)
