@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-ROWS = ("finetune_full", "finetune_lora", "ppo_full", "ppo_lora")
+ROWS = ("finetune_full", "finetune_lora", "ppo_full", "ppo_lora", "ppo_lora_prompts")
 PRECISIONS = ("bf16", "fp32")
 PROMPT, RESPONSE, VOCABULARY = 512, 48, 900
 BATCH, MICRO_BATCH, STEPS = 16, 8, 10
@@ -80,7 +80,7 @@ class Clock(NullTrack):
 
 def params(row: str, precision: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """The params of a measurement: those of params.yaml (`base`), with few steps."""
-    stage, method = row.split("_")
+    stage, method = row.split("_")[:2]
     schedule = {
         **base["finetune"]["schedule"], "epochs": 1, "batch_size": BATCH, "micro_batch_size": MICRO_BATCH,
         "evaluations": 1, "log_every": 1, "checkpoint_every": 10 * STEPS,
@@ -97,6 +97,7 @@ def params(row: str, precision: str, base: Mapping[str, Any]) -> dict[str, Any]:
     ppo["update"] = {
         **ppo["update"], "epochs": 1, "minibatches": 2, "micro_batch_size": MICRO_BATCH, "stop_at_kl": None,
         "value_warmup": 0, "learning_rate": 1e-5,
+        "shuffle": "prompts" if row.endswith("prompts") else "episodes",
     }  # fmt: skip
     anything = {**ppo["guard"]["limits"], "kl": 1e9, "gold_drop": 1, "toxicity_rise": 1, "distinct_2": 0}
     anything |= {"length_ratio_low": 0, "length_ratio_high": 1e9}

@@ -107,7 +107,7 @@ def base(
 
 
 def _open(params: Params, train_text: Path, context: Context) -> "LanguageModel":
-    from tasks.lm.device import device
+    from tasks.lm.attention import on_device
     from tasks.lm.model import LanguageModel, is_adapter, load
     from tasks.lm.pretrain import read_texts, sentinels_needed
     from tasks.lm.scratch import build
@@ -120,7 +120,7 @@ def _open(params: Params, train_text: Path, context: Context) -> "LanguageModel"
     learnt = params.pretraining
     sentinels = sentinels_needed(params.max_tokens, learnt.corrupted, learnt.mean_span) if learnt else 0
     built = build(params.architecture, read_texts(train_text), sentinels)
-    return LanguageModel(built.model.to(device(context.compute)), built.tokenizer)
+    return LanguageModel(on_device(built.model, context.compute), built.tokenizer)
 
 
 def _pretrain(

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
+from tasks.lm.attention import on_device
 from tasks.lm.device import device, precision
 from tasks.lm.language_head import LanguageHead, head_of, load_head
 from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, is_adapter, load
@@ -294,7 +295,7 @@ def new_classifier(
         output.weight.normal_(std=(output.in_features + 1) ** -0.5)
         if output.bias is not None:
             output.bias.zero_()
-    found = Classifier(model.to(device(compute)), tokenizer)
+    found = Classifier(on_device(model, compute), tokenizer)
     if not likelihood:
         return found
     if found.family == "encoder":
@@ -340,7 +341,7 @@ def load_classifier(folder_or_id: str | Path, compute: Compute, revision: str | 
     model = _open(folder_or_id, revision, config=config, dtype=precision(compute), whole=True)
     likelihood = getattr(config, "reward_likelihood", 0.0)
     return Classifier(
-        model.to(device(compute)).eval(),
+        on_device(model, compute).eval(),
         tokenizer,
         getattr(config, "reward_shift", 0.0),
         getattr(config, "reward_max_prompt_tokens", None),

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from tasks.lm.device import device, precision
+from tasks.lm.attention import on_device
+from tasks.lm.device import precision
 from tasks.stage import Compute, UserError
 from tasks.stage.files import new_folder
 
@@ -67,7 +68,8 @@ def load(
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(folder, compute, trainable)
     dtype = torch.float32 if trainable else precision(compute)
-    return attach(load_model(folder_or_id, revision, dtype=dtype).to(device(compute)), folder_or_id, revision)
+    model = on_device(load_model(folder_or_id, revision, dtype=dtype), compute)
+    return attach(model, folder_or_id, revision)
 
 
 def load_model(folder_or_id: str | Path, revision: str | None = None, **options: Any) -> "PreTrainedModel":

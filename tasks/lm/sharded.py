@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -42,6 +43,7 @@ def make_whole(model: nn.Module, shell: nn.Module) -> None:
     """Gather the weights of the model, as all processes must, and let the shell with them take its place."""
     with _gathered(list(model.parameters())):
         state = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    unset_hf_deepspeed_config()  # with it a model that is opened later would come in parts
     shell.load_state_dict(state, assign=True)
     shell.tie_weights()  # type: ignore[operator]
     model.__class__, model.__dict__ = shell.__class__, shell.__dict__

@@ -122,7 +122,11 @@ def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, cros
     """Bytes kept for one row: inputs of the norm and of the layers behind it, queries, keys, values, result.
 
     T5 adds its position bias to the mask of padding, a matrix for each head and row; scores take the same room.
+    Where heads share keys and values, these are copied for each behind a mask, and in float32 on a GPU
+    (tasks/lm/attention.py).
     """
+    copied = on.padded or (on.gpu and not on.mixed)
+    width = shape.inner if copied else shape.keys
     found: float = queries * FLOAT * shape.width * (1 + of.norms)
     if of.attention:
         readers = 1 if crossed or not on.mixed else 3
@@ -130,7 +134,7 @@ def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, cros
         if on.mixed:
             found += on.width * (2 * keys * shape.width if crossed else 0)
             found += on.width * (queries * shape.inner if of.rank else 0)  # the adapter of the output
-    found += on.width * (queries * 2 * shape.inner + keys * 2 * shape.keys)
+    found += on.width * (queries * 2 * shape.inner + keys * 2 * width)
     found += on.width * 2 * of.rank * of.attention * (queries + keys)
     if of.scaled:
         found += FLOAT * keys * 2 * shape.keys
