@@ -1,4 +1,4 @@
-# make run · make test · make check · make ui · make bench · make up · make down; each sets up .venv first when it is missing or out of date.
+# make run · make test · make check · make ui · make bench · make up · make down · make vllm; each but the last sets up .venv first when it is missing or out of date.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # nobody's telemetry, services on loopback only
@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test check ui bench up down setup clean
+.PHONY: run test check ui bench up down vllm setup clean
 .DEFAULT_GOAL := run
 
 setup: .venv/.ready
@@ -45,6 +45,9 @@ up: setup
 
 down:
 	@docker compose --file infra/compose.yaml down
+
+vllm:
+	@PYTHON=$(PYTHON) infra/vllm/install
 
 clean:
 	rm -rf .work build *.egg-info .pytest_cache .mypy_cache .ruff_cache

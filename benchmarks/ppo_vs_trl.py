@@ -247,6 +247,7 @@ def ours(size: Size, method: str, seed: int, folder: Path) -> dict[str, Any]:
         max_response_tokens=RESPONSE_TOKENS,
         temperature=TEMPERATURE,
         unfinished_penalty=0,
+        engine=None,
     )
     update = Update(
         learning_rate=LEARNING_RATES[method],

@@ -12,7 +12,8 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from tasks.lm.engine_settings import EngineSettings
 from tasks.metrics.detector import Detector, scorer
 from tasks.stage import Context, DataError, ParamsError, Section, run_stage
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from tasks.metrics.bootstrap import Array
     from tasks.metrics.measures import Measures
     from tasks.metrics.results import Answered, Answers
+
+    Voice = Callable[[Sequence[Sequence[int]], Mapping[str, Any]], list[list[int]]]
 
 
 class Variant(Section):
@@ -69,7 +73,10 @@ class Alignment(Section):
 
 
 class Params(Section):
-    """The section `evaluate` of params.yaml."""
+    """The section `evaluate` of params.yaml.
+
+    With an `engine` (vLLM) that answers where it can: causal models whose weights are whole, without beams.
+    """
 
     task: str
     tuned: str
@@ -78,6 +85,7 @@ class Params(Section):
     generation: dict[str, Any]
     decoding: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     batch_size: PositiveInt
+    engine: EngineSettings | None
     max_prompt_tokens: PositiveInt
     toxicity: Detector
     alignment: Alignment | None
@@ -227,7 +235,6 @@ def _answer(
     """Let every model speak, each loaded once."""
     from tasks.lm.model import load
     from tasks.lm.peft import merged_to_answer
-    from tasks.lm.respond import respond
     from tasks.metrics.results import Answered
 
     main = test[params.task]
@@ -240,31 +247,64 @@ def _answer(
     with context.progress(total + limit * len(params.decoding), "answering test prompts") as bar:
         for folder in dict.fromkeys(variant.model for variant in params.variants.values()):
             lm = merged_to_answer(load(models / folder, context.compute))
-            speak = partial(
-                respond,
-                lm,
-                batch_size=params.batch_size,
-                seed=context.seed,
-                max_prompt_tokens=params.max_prompt_tokens,
-                progress=bar.advance,
-            )
-            for name, variant in params.variants.items():
-                if variant.model != folder:
-                    continue
-                prompts = shot_prompts(lm, main, shots[: variant.shots], params.max_prompt_tokens)
-                texts = speak(prompts, params.generation)
-                answered.main[name] = _with_likelihoods(lm, prompts, main, texts, params)
-                if name in plain:
-                    answered.tasks[name] = {
-                        task: speak([example.prompt for example in examples], params.generation)
-                        for task, examples in others.items()
-                    }
-                if name == params.tuned:
-                    for setting, fields in params.decoding.items():
-                        asked = params.generation | fields
-                        known = asked == params.generation
-                        answered.decoding[setting] = texts[:limit] if known else speak(prompts[:limit], asked)
+            named = {name: variant for name, variant in params.variants.items() if variant.model == folder}
+            with _voice(params, lm, context, bar.advance) as voice:
+                speak = partial(_texts, params, lm, voice)
+                for name, variant in named.items():
+                    prompts = shot_prompts(lm, main, shots[: variant.shots], params.max_prompt_tokens)
+                    texts = speak(prompts, params.generation)
+                    answered.main[name] = _with_likelihoods(lm, prompts, main, texts, params)
+                    if name in plain:
+                        answered.tasks[name] = {
+                            task: speak([example.prompt for example in examples], params.generation)
+                            for task, examples in others.items()
+                        }
+                    if name == params.tuned:
+                        for setting, fields in params.decoding.items():
+                            asked = params.generation | fields
+                            known = asked == params.generation
+                            answered.decoding[setting] = (
+                                texts[:limit] if known else speak(prompts[:limit], asked)
+                            )
     return answered
+
+
+@contextmanager
+def _voice(
+    params: Params, lm: "LanguageModel", context: Context, progress: Callable[[int], object]
+) -> Iterator["Voice"]:
+    """What answers prompts as `lm` would, both as token ids: an engine that can, or else `lm` itself."""
+    from tasks.lm.engine import Engine, sampling_of, takes
+
+    def own(prompts: Sequence[Sequence[int]], generation: Mapping[str, Any]) -> list[list[int]]:
+        return sample_answers(lm, prompts, generation, params.batch_size, context.seed, progress)
+
+    if params.engine is None or not takes(lm):
+        yield own
+        return
+    fields = [params.generation, *(params.generation | each for each in params.decoding.values())]
+    fields += [] if params.alignment is None else [params.alignment.generation]
+    longest = params.max_prompt_tokens + max(each["max_new_tokens"] for each in fields)
+    with Engine(params.engine, lm, longest, context.work / "engine") as engine:
+
+        def voice(prompts: Sequence[Sequence[int]], generation: Mapping[str, Any]) -> list[list[int]]:
+            sampling = sampling_of(generation)
+            if sampling is None:
+                return own(prompts, generation)
+            answers = engine.answers(prompts, range(context.seed, context.seed + len(prompts)), sampling)
+            progress(len(prompts))
+            return answers.ids
+
+        yield voice
+
+
+def _texts(
+    params: Params, lm: "LanguageModel", voice: "Voice", prompts: Sequence[str], generation: Mapping[str, Any]
+) -> list[str]:
+    from tasks.lm.respond import encode_prompts
+
+    answers = voice(encode_prompts(lm, prompts, params.max_prompt_tokens), generation)
+    return [text.strip() for text in lm.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def _draw_shots(params: Params, train: Sequence["Example"], seed: int) -> list["Example"]:
@@ -336,7 +376,8 @@ def _align(
         for name in (wanted.after, wanted.before):
             lm = merged_to_answer(load(models / params.variants[name].model, context.compute))
             encoded = encode_prompts(lm, prompts, params.max_prompt_tokens)
-            own = sample_answers(lm, encoded, wanted.generation, params.batch_size, context.seed, bar.advance)
+            with _voice(params, lm, context, bar.advance) as voice:
+                own = voice(encoded, wanted.generation)
             texts[name] = [text.strip() for text in lm.tokenizer.batch_decode(own, skip_special_tokens=True)]
             answers = answers or own
             found = likelihoods(lm, encoded, answers, batch_size=params.batch_size, progress=bar.advance)

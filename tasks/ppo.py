@@ -8,6 +8,7 @@ interrupted run goes on from its last checkpoint and ends with the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from tasks.stage.fingerprint import hash_file
 
 if TYPE_CHECKING:
     from tasks.data.records import Example
+    from tasks.lm.engine import Engine
     from tasks.lm.model import LanguageModel
     from tasks.metrics.toxicity import Scorer
     from tasks.rlhf.assess import Held
@@ -85,18 +87,11 @@ def ppo(
     opened, GateRefused when the guard stops a run that shall not be kept.
     """
     from tasks.lm.device import allow_tf32
-    from tasks.lm.model import load, save
+    from tasks.lm.model import load
     from tasks.lm.peft import merged
-    from tasks.lm.respond import encode_prompts
-    from tasks.lm.train import forget_checkpoints
-    from tasks.rlhf.assess import draw_before_and_after, objectives
-    from tasks.rlhf.course import Course
-    from tasks.rlhf.guard import Guard
-    from tasks.rlhf.policy import new_critic, new_policy
-    from tasks.rlhf.report import write_report
-    from tasks.rlhf.scoring import weighted_sum
-    from tasks.rlhf.trainer import Ppo
 
+    if params.rollouts.engine is not None and context.place.processes > 1:
+        raise ParamsError("ppo.rollouts.engine answers one process; set compute.processes to 1, or it to null")
     allow_tf32(context.compute)  # log-probabilities from bf16 would blur the ratios of old and new policy
     toxicity = scorer(params.guard.toxicity, params.rollouts.batch_size, context.compute)
     only = toxicity if params.prompts == "toxic" else None
@@ -109,9 +104,48 @@ def ppo(
         )
     context.track.dataset("examples", train_data, hash_file(train_data), len(examples))
     lm = merged(load(start, context.compute, trainable=True))
+    with _engine(params.rollouts, lm, context) as engine:
+        return _aligned(params, lm, engine, toxicity, examples, held_out, model, reports, context)
+
+
+def _engine(
+    rollouts: Rollouts, lm: "LanguageModel", context: Context
+) -> "AbstractContextManager[Engine | None]":
+    """What samples in the policy's place, for the time of the block; None: nothing does."""
+    if rollouts.engine is None:
+        return nullcontext()
+    from tasks.lm.engine import Engine
+
+    longest = rollouts.max_prompt_tokens + rollouts.max_response_tokens
+    return Engine(rollouts.engine, lm, longest, context.work / "engine")
+
+
+def _aligned(
+    params: Params,
+    lm: "LanguageModel",
+    engine: "Engine | None",
+    toxicity: "Scorer",
+    examples: "list[Example]",
+    held_out: "list[Example]",
+    model: Path,
+    reports: Path,
+    context: Context,
+) -> Mapping[str, Any]:
+    from tasks.lm.model import save
+    from tasks.lm.respond import encode_prompts
+    from tasks.lm.train import forget_checkpoints
+    from tasks.rlhf.assess import draw_before_and_after, objectives
+    from tasks.rlhf.course import Course
+    from tasks.rlhf.guard import Guard
+    from tasks.rlhf.policy import new_critic, new_policy
+    from tasks.rlhf.report import write_report
+    from tasks.rlhf.scoring import weighted_sum
+    from tasks.rlhf.trainer import Ppo
+
     reward = weighted_sum(params.reward, context.compute)
     critic = new_critic(params.value, lm, context.compute)
-    policy = new_policy(lm, params.method, params.lora.model_dump(), params.rollouts.temperature, critic)
+    options, temperature = params.lora.model_dump(), params.rollouts.temperature
+    policy = new_policy(lm, params.method, options, temperature, critic, engine)
     trainer = Ppo(
         policy, reward, params.kl, params.rollouts, params.update, params.steps, context.seed, context.place
     )

@@ -17,6 +17,7 @@ ROLLOUTS: dict[str, Any] = {
     "max_response_tokens": 8,
     "temperature": 1.0,
     "unfinished_penalty": 0.5,
+    "engine": None,
 }
 UPDATE: dict[str, Any] = {
     "learning_rate": 0.003,

@@ -36,6 +36,7 @@ SECTION: dict[str, Any] = {
         "beams": {"num_beams": 2},
     },
     "batch_size": 8,
+    "engine": None,
     "max_prompt_tokens": 300,
     "toxicity": {"backend": "oracle"},
     "alignment": None,

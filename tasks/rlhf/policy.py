@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.lm.classifier import load_classifier
+from tasks.lm.engine import Engine
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, merged
 from tasks.lm.respond import Batch, entropy, response_hidden, response_outputs, token_logprobs
@@ -43,6 +44,7 @@ class Policy:
     temperature: float  # of the sampling distribution, which is the policy
     reference: LanguageModel | None  # None: `lm` with its adapter off
     critic: LanguageModel | None  # None: the value head reads the policy's own hidden states
+    engine: Engine | None = None  # what samples; None: `lm` itself
 
     def evaluate(self, batch: Batch, critic_states: Tensor | None = None) -> Evaluation:
         """Log-probabilities, entropies and values of the response tokens, with gradients.
@@ -110,6 +112,7 @@ def new_policy(
     options: Mapping[str, Any],
     temperature: float,
     critic: LanguageModel | None = None,
+    engine: Engine | None = None,
 ) -> Policy:
     """A policy that begins as `lm`, a model without adapter. Dropout is off, and stays off.
 
@@ -125,7 +128,7 @@ def new_policy(
     head = nn.Linear(width, 1).to(lm.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return Policy(policy, head, temperature, reference, own_trunk)
+    return Policy(policy, head, temperature, reference, own_trunk, engine)
 
 
 def new_critic(value: Value, lm: LanguageModel, compute: Compute) -> LanguageModel | None:

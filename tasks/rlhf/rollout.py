@@ -3,8 +3,9 @@
 Each prompt is read once and each token sampled once. The log-probabilities and values are those of the sampling
 pass itself; the reference and the reward then read the finished answers. What an encoder that is not trained
 made of a prompt is kept: the reference and every update start from there. A decoder reads a prompt once for all
-answers to it that stand in one batch. Prompts are answered together with others of similar length. Left out:
-prompts answered by another engine.
+answers to it that stand in one batch. Prompts are answered together with others of similar length. An engine
+that samples in the policy's place computes a little differently: the policy reads the answers once more, and
+its own log-probabilities count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.data.records import Example
+from tasks.lm.engine import Engine
 from tasks.lm.model import LanguageModel
 from tasks.lm.respond import (
     Batch,
@@ -54,6 +56,7 @@ class Responses(NamedTuple):
     ended: Tensor  # [N] bool, whether the response closes with the end token
     answers: list[str]
     prompt_states: list[Tensor] | None  # of `read_once`, by the policy
+    engine_logprobs: Tensor | None = None  # [N, T], what the engine that sampled thought of them
 
 
 class Rollout(NamedTuple):
@@ -78,6 +81,8 @@ def respond_by_sampling(
 
     A response depends on its own prompt and uniforms alone, not on the batch it was sampled in.
     """
+    if policy.engine is not None:
+        return _sampled_by(policy.engine, policy, prompts, uniforms, batch_size)
     rows_of, found = [], []
     states = read_once(policy.lm, prompts, batch_size)
     with torch.no_grad():
@@ -93,13 +98,47 @@ def respond_by_sampling(
     ids, mask, logprobs, values = (
         _stacked([part[field] for part in found])[order] for field in range(len(found[0]))
     )
+    return Responses(ids, mask, logprobs, values, *_ended(policy.lm, ids, mask), states)
+
+
+def _sampled_by(
+    engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]], uniforms: Tensor, batch_size: int
+) -> Responses:
+    """The responses of an engine to N prompts, with what the policy itself thinks of them."""
+    engine.take(policy.lm)
+    seeds = (uniforms[:, 0].double() * 2**31).long().tolist()
+    sampling = {"temperature": policy.temperature, "max_tokens": uniforms.shape[1]}
+    drawn = engine.answers(prompts, seeds, sampling)
+    ids = pad_sequence([torch.tensor(answer) for answer in drawn.ids], batch_first=True)
+    theirs = pad_sequence([torch.tensor(answer) for answer in drawn.logprobs], batch_first=True)
+    lengths = torch.tensor([len(answer) for answer in drawn.ids])
+    mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+    responses = Responses(
+        ids,
+        mask,
+        torch.zeros_like(theirs),
+        torch.zeros_like(theirs),
+        *_ended(policy.lm, ids, mask),
+        None,
+        theirs,
+    )
+    with torch.no_grad():
+        for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+            batch, width = part(policy, prompts, responses, rows)
+            own = policy.evaluate(batch)
+            responses.logprobs[rows, :width] = own.logprobs.cpu() * mask[rows, :width]
+            responses.values[rows, :width] = own.values.cpu() * mask[rows, :width]
+    return responses
+
+
+def _ended(lm: LanguageModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[str]]:
+    """Whether each response `[N, T]` closes with an end token, and its text."""
     lengths = mask.sum(dim=1)
     last = ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
-    ends = torch.tensor(policy.lm.model.generation_config.eos_token_id)
+    ends = torch.tensor(lm.model.generation_config.eos_token_id)
     kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-    texts = policy.lm.tokenizer.batch_decode(kept, skip_special_tokens=True)
-    answers = [text.strip() for text in texts]
-    return Responses(ids, mask, logprobs, values, torch.isin(last, ends), answers, states)
+    texts = lm.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return torch.isin(last, ends), [text.strip() for text in texts]
 
 
 def collect(

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from tasks.lm.engine_settings import EngineSettings
 from tasks.metrics.detector import Detector
 from tasks.rlhf.guard import Limits
 from tasks.stage import Section
@@ -28,7 +29,8 @@ class Rollouts(Section):
 
     A prompt longer than `max_prompt_tokens` loses its middle. Sampling is at `temperature` from the whole
     distribution: that, and nothing narrower, is the policy. A response that has not ended after
-    `max_response_tokens` is cut, and its score lowered by `unfinished_penalty`.
+    `max_response_tokens` is cut, and its score lowered by `unfinished_penalty`. With an `engine`
+    (vLLM) that samples, and the policy reads what it answered.
     """
 
     episodes: PositiveInt
@@ -38,6 +40,7 @@ class Rollouts(Section):
     max_response_tokens: PositiveInt
     temperature: PositiveFloat
     unfinished_penalty: NonNegativeFloat
+    engine: EngineSettings | None
 
     @model_validator(mode="after")
     def _whole_prompts(self) -> Self:

@@ -203,6 +203,9 @@ def report(rollout: Rollout, returns: Tensor, changes: Sequence[Change]) -> dict
     parts: dict[str, Any] = {
         f"reward_{name}": sum(values) / episodes for name, values in rollout.scores.parts.items()
     }
+    if responses.engine_logprobs is not None:
+        leaving_own = k1(responses.engine_logprobs, responses.logprobs)
+        parts["engine_kl"] = float(masked_sum(leaving_own, mask)) / episodes
     return parts | {
         "reward": sum(rollout.scores.total) / episodes,
         "kl": float(masked_sum(k1(*leaving), mask)) / episodes,
