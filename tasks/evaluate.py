@@ -284,7 +284,7 @@ def _voice(
         return
     fields = [params.generation, *(params.generation | each for each in params.decoding.values())]
     fields += [] if params.alignment is None else [params.alignment.generation]
-    longest = params.max_prompt_tokens + max(each["max_new_tokens"] for each in fields)
+    longest = params.max_prompt_tokens + max(each.get("max_new_tokens", 0) for each in fields)
     with Engine(params.engine, lm, longest, context.work / "engine") as engine:
 
         def voice(prompts: Sequence[Sequence[int]], generation: Mapping[str, Any]) -> list[list[int]]:

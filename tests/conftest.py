@@ -52,6 +52,7 @@ SLOWEST = (  # begun first, so that no worker is left alone with one of them at 
     "test_distill.py",
     "test_quantize.py",
     "test_register.py",
+    "test_lm_engine.py",
     "test_ppo.py",
     "test_base.py",
     "test_stage_faults.py",

@@ -142,10 +142,14 @@ def test_greedy_answers_are_those_of_the_model(
             {"do_sample": False, "num_beams": 1, "temperature": 0.3, "max_new_tokens": 4},
             {"temperature": 0.0, "max_tokens": 4},
         ),
-        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
-        ({"do_sample": True, "top_k": 0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 0, "top_p": 0.9}),
-        ({"num_beams": 4}, None),
-        ({"no_repeat_ngram_size": 2}, None),
+        ({"do_sample": True, "max_new_tokens": 4}, {"temperature": 1.0, "top_k": 50, "max_tokens": 4}),
+        (
+            {"do_sample": True, "top_k": 0, "top_p": 0.9, "max_new_tokens": 4},
+            {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_tokens": 4},
+        ),
+        ({"num_beams": 4, "max_new_tokens": 4}, None),
+        ({"no_repeat_ngram_size": 2, "max_new_tokens": 4}, None),
+        ({"do_sample": False, "max_length": 20}, None),
     ],
 )
 def test_decoding_settings_keep_their_meaning(
@@ -208,6 +212,8 @@ def test_an_engine_that_cannot_be_is_one_line(stand_in: Path, tmp_path: Path) ->
     ):
         workplace.set(ppo=with_engine(Path(python)))
         assert said in workplace.run("ppo", 2)
+    with pytest.raises(UserError, match="No module named 'vllm'"):
+        Engine(EngineSettings(python=sys.executable, memory=0.5), toy("llama"), 80, tmp_path / "engine")
     with pytest.raises(ParamsError, match="vLLM has no encoder-decoder models; set it to null"):
         Engine(EngineSettings(python=str(stand_in), memory=0.5), toy("t5"), 80, tmp_path / "engine")
 

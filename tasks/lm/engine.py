@@ -77,7 +77,11 @@ class Engine:
             )  # fmt: skip
         options = {"model": str(self._folder), "max_model_len": longest, "enforce_eager": not on_gpu}
         options |= {"dtype": str(self._dtype).removeprefix("torch."), "seed": 0}
-        self._ask(options | ({"gpu_memory_utilization": settings.memory} if on_gpu else {}))
+        try:
+            self._ask(options | ({"gpu_memory_utilization": settings.memory} if on_gpu else {}))
+        except BaseException:
+            self.close()
+            raise
 
     def take(self, lm: LanguageModel) -> None:
         """From now on answer as `lm` does, its adapter counted in unless it is off."""
@@ -158,7 +162,7 @@ def sampling_of(generation: Mapping[str, Any]) -> dict[str, Any] | None:
         for name, value in generation.items()
         if name not in silent and (name, value) != ("num_beams", 1)
     }
-    if not fields.keys() <= {*SAME, *CHANCE}:
+    if "max_new_tokens" not in fields or not fields.keys() <= {*SAME, *CHANCE}:
         return None
     usual = {"temperature": 1.0, "top_k": 50} if by_chance else {"temperature": 0.0}
     return usual | {SAME.get(name, name): value for name, value in fields.items()}
