@@ -57,6 +57,7 @@ def registered(model: Path, prompts: Sequence[str], generation: dict[str, Any], 
         "limits": limits,
         "seed": 1,
         "compute": COMPUTE.model_dump(),
+        "int8_kernels": False,
     }
     packed = folder / store.PACKED
     packed.mkdir()

@@ -46,6 +46,7 @@ def register(
         "limits": params.limits.model_dump(),
         "seed": shared.seed,
         "compute": shared.compute.model_dump(),
+        "int8_kernels": params.int8_kernels,
     }
     prompts = [json.loads(line)["prompt"] for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,6 +54,10 @@ def register(
         packed.mkdir()
         say(f"packing {folder}")
         pack_model(folder, packed / "model", adapter or params.adapter, shared.compute)
+        if params.int8_kernels:
+            from tasks.registry.answering import open_packed
+
+            open_packed(packed / "model", shared.compute, int8_kernels=True)  # or say now that it cannot be
         known = lineage.record(root, run.stages, git) | {
             "variant": chosen,
             "stage": stage,

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from tasks.registry.register import (
     size,
 )
 from tasks.stage import ParamsError, UserError
+from tasks.stage.files import write_json
 from tasks.stage.fingerprint import hash_path
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "limits": {"prompts": 4, "characters": 200, "max_new_tokens": 12},
     "seed": 1,
     "compute": COMPUTE.model_dump(),
+    "int8_kernels": False,
 }
 SCORES = {"rougeL": 0.5, "rougeL_low": 0.4, "rougeL_high": 0.6}
 EVALUATION: dict[str, Any] = {
@@ -135,6 +138,34 @@ def test_a_packed_adapter_needs_no_other_folder_and_answers_the_same(
     assert answers(open_packed(target / "model", COMPUTE)) == expected
     assert (target / "model" / "model.safetensors").is_file() == (adapter == "merged")
     assert [path for path in target.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".py")] == []
+
+
+def test_an_int8_model_answers_with_integers_where_it_is_asked_to(tmp_path: Path) -> None:
+    from tasks.compress.formats import save_integers
+    from tasks.compress.kernels import Int8Linear
+    from tasks.compress.schemes import BITS
+    from tasks.registry.answering import Answering, Request, open_packed
+
+    save(toy("t5"), tmp_path / "dense")
+    save_integers(load(tmp_path / "dense", COMPUTE), tmp_path / "int8", BITS["int8"], None)
+    target = packed(tmp_path / "int8", tmp_path)
+    write_json(target / "settings.json", SETTINGS | {"int8_kernels": True})
+    served = Answering()
+    served.load_context(SimpleNamespace(artifacts={"packed": str(target)}))
+    assert any(isinstance(module, Int8Linear) for module in served.lm.model.modules())
+    assert len(served.predict([Request(prompt=prompt) for prompt in PROMPTS])) == len(PROMPTS)
+    with pytest.raises(UserError, match="holds no int8 weights; run quantize with scheme: int8"):
+        open_packed(tmp_path / "dense", COMPUTE, int8_kernels=True)
+
+
+def test_the_code_of_a_version_is_whole(tmp_path: Path) -> None:
+    copy_code(tmp_path / "tasks")
+    program = "import tasks.compress.kernels as one, tasks.lm.respond as two; print(one.__file__, two.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.count(str(tmp_path)) == 2
 
 
 def test_virtual_tokens_cannot_be_merged_and_are_kept_apart(tmp_path: Path) -> None:

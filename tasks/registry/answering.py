@@ -55,7 +55,8 @@ class Answering(PythonModel):  # type: ignore[misc]
 
         packed = Path(context.artifacts["packed"])
         self.settings = json.loads((packed / "settings.json").read_text(encoding="utf-8"))
-        self.lm = open_packed(packed / "model", Compute(**self.settings["compute"]))
+        compute = Compute(**self.settings["compute"])
+        self.lm = open_packed(packed / "model", compute, self.settings["int8_kernels"])
         self.turn = threading.Lock()  # a server calls from several threads, and the random state is one
 
     def predict(self, model_input: list[Request]) -> list[str]:
@@ -103,10 +104,17 @@ class Answering(PythonModel):  # type: ignore[misc]
                 )
 
 
-def open_packed(folder: Path, compute: Any) -> Any:
-    """Open a packed model; an adapter that was kept apart goes on the base that lies in its folder."""
+def open_packed(folder: Path, compute: Any, int8_kernels: bool = False) -> Any:
+    """Open a packed model; an adapter that was kept apart goes on the base that lies in its folder.
+
+    Raises UserError when a model that is not int8 shall answer with int8 kernels.
+    """
     from tasks.lm.model import attach, load
 
+    if int8_kernels:
+        from tasks.compress.kernels import load_int8
+
+        return load_int8(folder, compute)
     if not (folder / "base").is_dir():
         return load(folder, compute)
     from tasks.lm.peft import open_adapter

@@ -20,7 +20,7 @@ from tasks.stage import Compute, Section, UserError
 from tasks.stage.files import write_json, write_text
 
 TASKS = Path(__file__).parents[1]
-CODE = ("lm", "stage")  # the packages of it that a served model runs; a copy travels with it
+CODE = ("lm", "stage", "compress")  # the packages of it that a served model runs; a copy travels with it
 BASE = "base"  # the folder, in that of an adapter, of the model it belongs to
 LIBRARIES = (
     "accelerate",
@@ -60,12 +60,14 @@ class Params(Section):
     """The section `register` of params.yaml.
 
     `variant` is one of evaluate.variants. An `adapter` is merged into one plain model, or kept separate beside
-    the base it belongs to, both with the bytes they were trained with.
+    the base it belongs to, both with the bytes they were trained with. With `int8_kernels` a model that
+    quantize wrote as int8 computes with integers on a CPU: faster, and a little less exact.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     variant: str
     adapter: Literal["merged", "separate"]
+    int8_kernels: bool
     limits: Limits
     licences: Licences
 
