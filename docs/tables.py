@@ -136,6 +136,39 @@ def variants_speed_table(result: Mapping[str, Any]) -> str:
     return markdown(("Tokens a second", *(f"batch {size}" for size in sizes)), rows)
 
 
+def quantized_speed_table(result: Mapping[str, Any]) -> str:
+    """Tokens a second and the first token's latency of each way to run the model, alone and sixteen at once."""
+    rows = [
+        (
+            way.replace("_", " "),
+            *(
+                f"{found[f'tokens_per_second_{size}']:,.0f} ({found[f'speed_ratio_{size}']:.2f}×)"
+                for size in (1, 16)
+            ),
+            *(f"{found[f'first_token_ms_{size}']:,.0f}" for size in (1, 16)),
+            f"{found['bytes'] / 1e6:,.0f}",
+            f"{found['peak_memory_mb']:,.0f}",
+        )
+        for way, found in result.items()
+        if isinstance(found, Mapping) and "tokens_per_second_1" in found
+    ]
+    sizes = ("Tokens a second", "batch 16", "First token, ms", "batch 16", "File, MB", "Peak memory, MB")
+    return markdown(("Way", *sizes), sorted(rows, key=lambda row: row[0] != "dense"))
+
+
+def serve_load_table(result: Mapping[str, Any]) -> str:
+    """What a served model stood."""
+    rows = [
+        ("requests", f"{result['requests']:,}"),
+        ("a second", f"{result['requests_per_second']:.1f}"),
+        *((f"latency, {name} (ms)", f"{result[f'{name}_ms']:,.0f}") for name in ("p50", "p95", "p99")),
+        ("lost", str(result["lost"])),
+        ("wrong", str(result["wrong"])),
+        ("growth of memory", f"{result['memory_growth']:+.1%}"),
+    ]
+    return markdown(("Served", "Value"), rows)
+
+
 def distill_table(metrics: Mapping[str, Any]) -> str:
     """The student beside its teacher and the two controls."""
     return _scores_of(
@@ -184,6 +217,8 @@ TABLES: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "quantize": (Path("metrics/quantize.json"), quantize_table),
     "batched_evaluation": (Path("benchmarks/results/batched_evaluation.json"), batched_evaluation_table),
     "variants_speed": (Path("benchmarks/results/variants_speed.json"), variants_speed_table),
+    "quantized_speed": (Path("benchmarks/results/quantized_speed.json"), quantized_speed_table),
+    "serve_load": (Path("benchmarks/results/serve_load.json"), serve_load_table),
     "parity_trl": (Path("benchmarks/results/parity_trl.json"), parity_table),
     "finetune_methods": (Path("benchmarks/results/finetune_methods.json"), printed_table),
     "ppo_vs_trl": (Path("benchmarks/results/ppo_vs_trl.json"), printed_table),
