@@ -26,7 +26,7 @@ from tasks.lm.engine_settings import EngineSettings
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, merged
 from tasks.rlhf.policy import Policy, new_policy
-from tasks.rlhf.rollout import Responses, respond_by_sampling
+from tasks.rlhf.rollout import Responses, part, respond_by_sampling
 from tasks.stage import ParamsError, UserError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -105,9 +105,29 @@ def test_it_samples_from_the_policy_as_that_is_now(engine: Engine, method: Any) 
     with policy.reference_model() as reference:
         back = answered(replace(policy, lm=reference))
     assert max(map(largest_gap, (first, moved, back))) < 1e-3
+    assert not torch.equal(moved.response_ids[0], moved.response_ids[2]), "one prompt, two draws"
     assert not torch.equal(moved.response_ids, first.response_ids)
     assert torch.equal(back.response_ids, first.response_ids)
     assert torch.equal(answered(policy).response_ids, moved.response_ids)
+
+
+def test_the_numbers_are_the_policys_own_and_not_those_of_the_engine(
+    stand_in: Path, tmp_path: Path, lm: LanguageModel
+) -> None:
+    settings = EngineSettings(python=str(stand_in), memory=0.5)
+    with Engine(settings, lm, 104, tmp_path / "engine") as engine:
+        policy = new_policy(toy("llama", **HEADS), "lora", LORA, temperature=0.7, engine=engine)
+        torch.nn.init.normal_(policy.value_head.weight)
+        responses = answered(policy)
+    rows = list(range(len(PROMPTS)))
+    batch, width = part(policy, PROMPTS, responses, rows)
+    own = policy.evaluate(batch)
+    torch.testing.assert_close(responses.logprobs, own.logprobs.detach() * responses.mask)
+    torch.testing.assert_close(responses.values, own.values.detach() * responses.mask)
+    assert responses.engine_logprobs is not None
+    assert torch.equal(responses.engine_logprobs, -1.0 * responses.mask)
+    assert responses.ended.all()
+    assert width == responses.mask.sum(dim=1).max()
 
 
 def test_greedy_answers_are_those_of_the_model(

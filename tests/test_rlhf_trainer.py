@@ -16,7 +16,7 @@ from tasks.lm.respond import collate, encode_responses, response_logits, respons
 from tasks.rlhf.optimum import two_outcomes
 from tasks.rlhf.policy import Policy, new_policy
 from tasks.rlhf.rollout import Scores
-from tasks.rlhf.trainer import minibatches
+from tasks.rlhf.trainer import Change, minibatches, report
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
@@ -171,6 +171,16 @@ def test_a_step_tells_what_it_saw() -> None:
     assert seen["entropy"] > 0
     assert abs(seen["kl"]) < 1e-3
     assert sum(letters(EXAMPLES, first.responses.answers).total) >= 0
+    assert "engine_kl" not in seen
+
+
+def test_how_far_an_engine_is_from_the_policy_is_told_in_nats_a_response() -> None:
+    found = rollout(new("llama"))
+    responses = found.responses._replace(engine_logprobs=found.responses.logprobs + 0.25)
+    seen = report(
+        found._replace(responses=responses), torch.zeros_like(found.ref_logprobs), [Change(*[0.0] * 6)]
+    )
+    assert seen["engine_kl"] == pytest.approx(0.25 * seen["response_tokens"], rel=1e-5)
 
 
 # A model that says "a" or "b", then ends: answers of two tokens, all of which can be tried.

@@ -39,7 +39,8 @@ def always_masked(
     length = query.shape[2]
     if attention_mask is None and query.dtype == torch.float32 and length == key.shape[2] > 1:
         attention_mask = torch.ones((1, 1, length, length), dtype=torch.bool, device=query.device)
-        if options.get("is_causal", getattr(module, "is_causal", True)):
+        said = options.get("is_causal")
+        if getattr(module, "is_causal", True) if said is None else said:
             attention_mask = attention_mask.tril()
     found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return found

@@ -2,7 +2,8 @@
 
 vLLM wants versions of torch and transformers of its own, so it lives in an environment of its own and is asked
 through a pipe (tasks/lm/engine_process.py). Before each round of answers it is given the weights of a model as
-files, adapters merged in. It opens no port and ends with the stage, however that ends.
+files, adapters merged in. It listens on the loopback alone, to itself, and ends with the stage, however that
+ends.
 """
 
 import copy
@@ -21,18 +22,17 @@ from torch import Tensor
 
 from tasks.lm import engine_process
 from tasks.lm.engine_settings import EngineSettings
-from tasks.lm.model import LanguageModel, is_adapter
+from tasks.lm.model import LanguageModel, bare, is_adapter
 from tasks.stage import ParamsError, UserError
 
 SHARD = 2**30  # bytes of weights in a file
 LOG_LINES = 3  # of the engine's last words, in an error
-# Fields of GenerationConfig and their names in vLLM; those that only mean something where a token is drawn.
-SAME = {
+NAMES_IN_VLLM = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "repetition_penalty": "repetition_penalty",
 }
-CHANCE = ("temperature", "top_k", "top_p", "min_p")
+FIELDS_OF_CHANCE = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Answers(NamedTuple):
@@ -65,7 +65,7 @@ class Engine:
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
         shutil.rmtree(folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        config = copy.deepcopy(_bare(lm).config)
+        config = copy.deepcopy(bare(lm).config)
         config.tie_word_embeddings = False  # new weights of a tied head do not reach vLLM's kernels for CPUs
         config.save_pretrained(self._folder)
         self._write(lm)
@@ -156,16 +156,16 @@ def takes(lm: LanguageModel) -> bool:
 def sampling_of(generation: Mapping[str, Any]) -> dict[str, Any] | None:
     """Fields of vLLM's `SamplingParams` that mean what those of `GenerationConfig` mean; None where none do."""
     by_chance = generation.get("do_sample", False)
-    silent = {"do_sample", *(() if by_chance else CHANCE)}
+    silent = {"do_sample", *(() if by_chance else FIELDS_OF_CHANCE)}
     fields = {
         name: value
         for name, value in generation.items()
         if name not in silent and (name, value) != ("num_beams", 1)
     }
-    if "max_new_tokens" not in fields or not fields.keys() <= {*SAME, *CHANCE}:
+    if "max_new_tokens" not in fields or not fields.keys() <= {*NAMES_IN_VLLM, *FIELDS_OF_CHANCE}:
         return None
     usual = {"temperature": 1.0, "top_k": 50} if by_chance else {"temperature": 0.0}
-    return usual | {SAME.get(name, name): value for name, value in fields.items()}
+    return usual | {NAMES_IN_VLLM.get(name, name): value for name, value in fields.items()}
 
 
 @torch.no_grad()
@@ -173,9 +173,9 @@ def whole_weights(lm: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each weight of the model without adapter that answers as `lm` does, tied ones too."""
     from peft.tuners.lora import LoraLayer
 
-    bare = _bare(lm)
-    adapted = {name: module for name, module in bare.named_modules() if isinstance(module, LoraLayer)}
-    for name, weight in bare.named_parameters(remove_duplicate=False):
+    model = bare(lm)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, weight in model.named_parameters(remove_duplicate=False):
         owner, _, own = name.partition(".base_layer.")
         if not own:
             if ".lora_" not in name:
@@ -185,10 +185,6 @@ def whole_weights(lm: LanguageModel) -> Iterator[tuple[str, Tensor]]:
         if own == "weight" and not module.disable_adapters:
             weight = weight + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
         yield f"{owner}.{own}", weight
-
-
-def _bare(lm: LanguageModel) -> Any:
-    return lm.model.get_base_model() if is_adapter(lm) else lm.model
 
 
 def _ends(lm: LanguageModel) -> list[int]:

@@ -132,6 +132,11 @@ def save(lm: LanguageModel, folder: Path) -> None:
         lm.tokenizer.save_pretrained(temporary)
 
 
+def bare(lm: LanguageModel) -> Any:
+    """The model itself, which an adapter works in."""
+    return lm.model.get_base_model() if is_adapter(lm) else lm.model
+
+
 def is_adapter(lm: LanguageModel) -> bool:
     """Whether the model is a PEFT adapter on a base (asked without importing PEFT, which takes seconds)."""
     return any(parent.__name__ == "PeftModel" for parent in type(lm.model).__mro__)

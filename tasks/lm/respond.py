@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from tasks.lm.model import LanguageModel, is_adapter
+from tasks.lm.model import LanguageModel, bare
 
 IGNORED = -100  # a label that counts in no loss
 # Ends the prompt of a causal model whose tokenizer has no chat template; the response follows.
@@ -223,7 +223,7 @@ def hidden_states(lm: LanguageModel, batch: Batch) -> States:
     """The states of prompts and responses; no language-model head is run."""
     inputs = model_inputs(lm, batch.to(lm.device))
     inputs.pop("labels")
-    model = _bare(lm)
+    model = bare(lm)
     if lm.is_encoder_decoder:
         mask, read = batch.prompt_mask.to(lm.device), batch.prompt_states
         prompt = read_prompts(lm, batch.prompt_ids, mask) if read is None else read.to(lm.device)
@@ -243,13 +243,8 @@ def response_hidden(lm: LanguageModel, batch: Batch) -> Tensor:
     if batch.prompt_of is None:
         return hidden_states(lm, batch).response
     batch = batch.to(lm.device)
-    passes = _behind_shared_prompts(batch, _bare(lm).get_decoder())
+    passes = _behind_shared_prompts(batch, bare(lm).get_decoder())
     return _aligned(batch, [each.last_hidden_state for each in passes])
-
-
-def _bare(lm: LanguageModel) -> Any:
-    """The model itself, which an adapter works in."""
-    return lm.model.get_base_model() if is_adapter(lm) else lm.model
 
 
 def output_states(lm: LanguageModel, batch: Batch, outputs: Any) -> States:

@@ -126,7 +126,7 @@ def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, cros
     (tasks/lm/attention.py).
     """
     copied = on.padded or (on.gpu and not on.mixed)
-    width = shape.inner if copied else shape.keys
+    key_width = shape.inner if copied else shape.keys
     found: float = queries * FLOAT * shape.width * (1 + of.norms)
     if of.attention:
         readers = 1 if crossed or not on.mixed else 3
@@ -134,7 +134,7 @@ def _attention(shape: Shape, of: Kept, queries: int, keys: int, on: Target, cros
         if on.mixed:
             found += on.width * (2 * keys * shape.width if crossed else 0)
             found += on.width * (queries * shape.inner if of.rank else 0)  # the adapter of the output
-    found += on.width * (queries * 2 * shape.inner + keys * 2 * width)
+    found += on.width * (queries * 2 * shape.inner + keys * 2 * key_width)
     found += on.width * 2 * of.rank * of.attention * (queries + keys)
     if of.scaled:
         found += FLOAT * keys * 2 * shape.keys
