@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_toys import COMPUTE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tasks.lm import attention
-from tasks.lm.attention import ALWAYS_MASKED, on_device
-from tests.lm_toys import COMPUTE
+from tasks.lm.attention import ALWAYS_MASKED, always_masked, on_device
 
 
 def model(key_value_heads: int = 2) -> PreTrainedModel:
@@ -61,6 +61,20 @@ def test_a_token_at_a_time_and_half_precision_go_the_usual_way(seen: list[Tensor
     lm(torch.tensor([[3]]), past_key_values=cache, use_cache=True)
     lm.to(torch.bfloat16)(torch.arange(9).view(1, 9))
     assert [mask is None for mask in seen] == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "looks_back"), [({}, True), ({"is_causal": None}, True), ({"is_causal": False}, False)]
+)
+def test_a_token_sees_what_stands_before_it_unless_the_model_says_otherwise(
+    seen: list[Tensor | None], said: dict[str, bool | None], looks_back: bool
+) -> None:
+    layer = model().model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    always_masked(layer, query, key, key, None, **said)
+    (mask,) = seen
+    assert mask is not None
+    assert bool(mask.all()) != looks_back
 
 
 @pytest.mark.parametrize(

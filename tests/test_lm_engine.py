@@ -178,6 +178,10 @@ def test_the_weights_are_those_of_the_merged_model(lm: LanguageModel) -> None:
     policy = new_policy(toy("llama", **HEADS), "lora", LORA, temperature=1.0)
     shake(policy.lm)
     sent = dict(whole_weights(policy.lm))
+    with policy.reference_model() as reference:
+        of_the_reference = dict(whole_weights(reference))
+    for name, weight in lm.model.named_parameters(remove_duplicate=False):
+        assert torch.equal(of_the_reference[name], weight)
     plain = dict(merged(policy.lm).model.named_parameters(remove_duplicate=False))
     assert sent.keys() == plain.keys()
     for name, weight in sent.items():

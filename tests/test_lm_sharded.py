@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from lm_toys import toy
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 from tasks.lm.sharded import make_whole, shell_of
-from tests.lm_toys import toy
 
 
 @dataclass
