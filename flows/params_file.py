@@ -18,6 +18,7 @@ from tasks.stage.files import write_text
 from tasks.stage.params import GRAPH_FILE, PARAMS_FILE, check_all
 
 PRESETS = Path("presets")
+MOST_NAMESAKES = 6  # keys that one hint can name
 
 
 def change(root: Path, presets: Iterable[str] = (), settings: Iterable[str] = ()) -> list[str]:
@@ -141,8 +142,8 @@ def _merge(target: CommentedMap, new: Mapping[str, Any], above: tuple[str, ...],
     for key, value in new.items():
         if key not in target and len(above) < 2:
             dotted = ".".join([*above, key])
-            known = [".".join([*above, str(each)]) for each in target]
-            raise ParamsError(f"{where}: {dotted}: no such key{_nearest(dotted, known)}")
+            known = _flat(target, "".join(f"{each}." for each in above))
+            raise ParamsError(f"{where}: {dotted}: no such key{_meant(dotted, list(known))}")
         there = target.get(key)
         if isinstance(value, Mapping) and isinstance(there, CommentedMap) and _same_kind(there, value):
             _merge(target[key], value, (*above, key), where)
@@ -164,6 +165,15 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
 def _nearest(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _meant(dotted: str, known: list[str]) -> str:
+    """A hint: keys of the same name that stand deeper, or else the key most like `dotted`."""
+    *above, key = dotted.split(".")
+    namesakes = [name for name in known if name.endswith(f".{key}")]
+    if 0 < len(namesakes) <= MOST_NAMESAKES:
+        return f"; did you mean {' or '.join(namesakes)}?"
+    return _nearest(dotted, list({".".join(name.split(".")[: len(above) + 1]): None for name in known}))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

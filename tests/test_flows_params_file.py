@@ -123,6 +123,8 @@ def test_nothing_changed_writes_nothing(root: Path) -> None:
     ("setting", "message"),
     [
         ("tune.metod=1", "--set tune.metod=1: tune.metod: no such key; did you mean tune.method?"),
+        ("tune.rank=2", "--set tune.rank=2: tune.rank: no such key; did you mean tune.lora.rank?"),
+        ("rank=2", "--set rank=2: rank: no such key; did you mean tune.lora.rank?"),
         ("tone.method=x", "--set tone.method=x: tone: no such key; did you mean tune?"),
         ("tune.lora.rnk=2", "params.yaml: tune.lora.rnk: unknown key; did you mean rank?"),
         ("tune.lora.rank=many", 'params.yaml: tune.lora.rank: found "many", expected a valid integer'),
