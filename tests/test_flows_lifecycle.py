@@ -13,7 +13,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import psutil
 import pytest
 from label_toys import toy_that_waits
 from prefect_server import PrefectServer, ask
@@ -51,7 +50,7 @@ def expected_lock(unstarted: Toy, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def test_flow_and_dvc_repro_leave_the_same_lock_and_the_second_run_starts_nothing(tmp_path: Path) -> None:
     """Without a server: a temporary one records the run, and the run with nothing to do needs none."""
-    serial = build(tmp_path / "serial", DIAMOND)
+    serial = build(tmp_path / "serial", DIAMOND, light=True)
     parallel = serial.copy(tmp_path / "parallel")
     serial.dvc("repro")
 
@@ -224,7 +223,7 @@ def test_a_stage_past_its_timeout_is_ended(tmp_path: Path, served: str) -> None:
     toy.set("slow", outcome="wait")
     done = toy.lifecycle("run", code=1)
     assert "slow failed: took longer than 2.5 s" in done.stderr
-    assert not alive(toy)
+    assert not toy.alive()
 
 
 def test_two_flows_one_workspace(tmp_path: Path, served: str) -> None:
@@ -274,7 +273,7 @@ def test_ctrl_c_ends_everything_and_the_next_run_goes_on(tmp_path: Path, served:
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 130, output
     assert "Traceback" not in output
-    assert not alive(toy)
+    assert not toy.alive()
     assert toy.record("b")["exit_code"] == 143
     assert ask(served, "flow_runs")[0]["state_name"] == "Cancelled"
     toy.go()
@@ -293,7 +292,7 @@ def test_a_killed_run_leaves_no_orphan_and_the_next_one_converges(
     os.kill({"flow": run.pid, "dvc": os.getpgid(stage), "stage": stage}[victim], signal.SIGKILL)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == (-9 if victim == "flow" else 1), output
-    until(lambda: not alive(toy), "the stage to end itself", seconds=20)
+    until(lambda: not toy.alive(), "the stage to end itself", seconds=20)
 
     toy.go()
     assert toy.settle().code == 0
@@ -405,18 +404,6 @@ def test_a_full_disk_costs_the_run_but_not_the_next_one(tmp_path: Path, served: 
         assert set(toy.lock()["stages"]) == {"a"}
     finally:
         subprocess.run(["umount", "--lazy", str(cache)], check=True)
-
-
-def alive(toy: Toy) -> list[int]:
-    """Stage processes that still run."""
-    return [pid for pid in toy.processes() if _runs(pid)]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_run_that_waits_for_people_is_paused_and_can_be_resumed(tmp_path: Path, served: str) -> None:

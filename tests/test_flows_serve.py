@@ -136,6 +136,7 @@ def test_overlap_a_killed_run_a_server_that_is_restarted_and_nothing_to_do(
     os.kill(owner, signal.SIGKILL)
     assert await_end(url, killed)[0] == "Crashed"
     until(lambda: hook.events == ["crash"], "the message of the crash")
+    until(lambda: not toy.alive(), "the end of what it had started")
 
     asked = start(url, "lifecycle", seconds=14)  # later than `serve` fetches beforehand
     prefect_server.kill()

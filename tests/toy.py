@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import command_host
+import psutil
 import pytest
 import yaml
 
@@ -178,6 +179,10 @@ class Toy:
         path = self.root / ".work" / "starts"
         return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def alive(self) -> list[int]:
+        """Those that still run."""
+        return [pid for pid in self.processes() if _runs(pid)]
+
     def forked_for(self) -> list[str]:
         """For which process each stage would have been forked, if it held torch."""
         return [line.split()[2] for line in (self.root / ".work" / "starts").read_text().splitlines()]
@@ -248,6 +253,13 @@ def build(
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     return Toy(root, graph)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def read_until(process: "command_host.Command | subprocess.Popen[str]", text: str) -> str:
