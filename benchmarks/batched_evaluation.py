@@ -20,8 +20,9 @@ import torch
 import transformers
 
 from tasks.data.records import read_examples
+from tasks.lm.collate import encode_prompts
 from tasks.lm.model import LanguageModel, load
-from tasks.lm.respond import encode_prompts, respond
+from tasks.lm.respond import respond
 from tasks.metrics.report import markdown
 from tasks.stage import Compute, UserError
 from tasks.stage.files import write_json

@@ -48,9 +48,9 @@ def watched(params: Any, seed: int) -> list[dict[str, Any]]:
     import torch
 
     from tasks.data.records import read_examples
+    from tasks.lm.collate import encode_prompts
     from tasks.lm.model import load
     from tasks.lm.peft import merged
-    from tasks.lm.respond import encode_prompts
     from tasks.metrics.detector import scorer
     from tasks.rlhf.assess import Held, health
     from tasks.rlhf.course import rows_of_step

@@ -34,7 +34,7 @@ from tasks.stage.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tasks.lm.respond import Batch
+    from tasks.lm.collate import Batch
     from tasks.rlhf.policy import Policy
 
 RESULT = Path("benchmarks/results/parity_trl.json")
@@ -208,7 +208,7 @@ def _compare_update(
 
 def _batch(theirs: Mapping[str, Any], rows: list[int]) -> "Batch":
     """TRL's episodes at `rows`, padding and all."""
-    from tasks.lm.respond import Batch
+    from tasks.lm.collate import Batch
 
     start = theirs["context_length"]
     prompts, responses = theirs["query_responses"][rows, :start], theirs["query_responses"][rows, start:]

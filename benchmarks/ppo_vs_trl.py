@@ -187,7 +187,7 @@ def held_out_reward(lm: "LanguageModel", folder: Path) -> float:
     """Mean reward of one answer to each held-out prompt."""
     import torch
 
-    from tasks.lm.respond import encode_prompts
+    from tasks.lm.collate import encode_prompts
     from tasks.rlhf.policy import Policy
     from tasks.rlhf.rollout import respond_by_sampling
 
@@ -229,8 +229,8 @@ def ours(size: Size, method: str, seed: int, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
 
+    from tasks.lm.collate import encode_prompts
     from tasks.lm.model import load
-    from tasks.lm.respond import encode_prompts
     from tasks.rlhf.policy import new_policy
     from tasks.rlhf.settings import Kl, Rollouts, Update
     from tasks.rlhf.trainer import Ppo

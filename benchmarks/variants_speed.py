@@ -20,8 +20,8 @@ import transformers
 
 from tasks.compress.speed import speed
 from tasks.data.records import read_examples
+from tasks.lm.collate import encode_prompts
 from tasks.lm.model import load
-from tasks.lm.respond import encode_prompts
 from tasks.metrics.report import markdown
 from tasks.stage import Compute, UserError
 from tasks.stage.files import write_json

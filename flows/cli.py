@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -611,7 +610,6 @@ def serve(
 
 def main() -> None:
     """The entry point of the command."""
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # by PEFT
     app()
 
 

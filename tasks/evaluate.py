@@ -166,7 +166,7 @@ def shot_prompts(
     lm: "LanguageModel", examples: Sequence["Example"], shots: Sequence["Example"], max_tokens: int
 ) -> list[str]:
     """Return each prompt after the worked `shots`, or after the last of them that fit into `max_tokens`."""
-    from tasks.lm.respond import encode_prompts
+    from tasks.lm.collate import encode_prompts
 
     worked = [f"{shot.prompt}\n{shot.reference}" for shot in shots]
     prompts = ["\n\n".join([*worked, example.prompt]) for example in examples]
@@ -301,7 +301,7 @@ def _voice(
 def _texts(
     params: Params, lm: "LanguageModel", voice: "Voice", prompts: Sequence[str], generation: Mapping[str, Any]
 ) -> list[str]:
-    from tasks.lm.respond import encode_prompts
+    from tasks.lm.collate import encode_prompts
 
     answers = voice(encode_prompts(lm, prompts, params.max_prompt_tokens), generation)
     return [text.strip() for text in lm.tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -326,7 +326,8 @@ def _with_likelihoods(
 ) -> "Answers":
     import numpy as np
 
-    from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
+    from tasks.lm.collate import encode_prompts, encode_responses
+    from tasks.lm.respond import likelihoods
     from tasks.metrics.results import Answers
 
     found = likelihoods(
@@ -362,9 +363,10 @@ def _align(
     """Let both variants sample answers to the same prompts, one model in memory at a time, and compare them."""
     import numpy as np
 
+    from tasks.lm.collate import encode_prompts
     from tasks.lm.model import load
     from tasks.lm.peft import merged_to_answer
-    from tasks.lm.respond import encode_prompts, likelihoods
+    from tasks.lm.respond import likelihoods
     from tasks.metrics.alignment import Sampled, alignment
 
     examples = main[: wanted.examples]
@@ -406,7 +408,8 @@ def sample_answers(
     """Return an answer to each prompt, both as token ids, its end token included."""
     import torch
 
-    from tasks.lm.respond import batches_by_length, collate, generate
+    from tasks.lm.collate import batches_by_length, collate
+    from tasks.lm.respond import generate
 
     answers: list[list[int]] = [[] for _ in prompts]
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):

@@ -152,7 +152,7 @@ def finetune(
 
 def encode(lm: "LanguageModel", examples: Sequence[Example], params: Params) -> "tuple[list[Pair], int]":
     """Token ids of each example's prompt and first right answer, and how many had to be cut."""
-    from tasks.lm.respond import cut_middle, encode_prompts, encode_responses
+    from tasks.lm.collate import cut_middle, encode_prompts, encode_responses
 
     prompts = encode_prompts(lm, [example.prompt for example in examples])
     responses = encode_responses(lm, [example.reference for example in examples])

@@ -131,8 +131,8 @@ def _aligned(
     reports: Path,
     context: Context,
 ) -> Mapping[str, Any]:
+    from tasks.lm.collate import encode_prompts
     from tasks.lm.model import save
-    from tasks.lm.respond import encode_prompts
     from tasks.lm.train import forget_checkpoints
     from tasks.rlhf.assess import draw_before_and_after, objectives
     from tasks.rlhf.course import Course
@@ -198,7 +198,7 @@ def _held(
     """Held-out examples with the random numbers of `samples` answers to each."""
     import torch
 
-    from tasks.lm.respond import encode_prompts
+    from tasks.lm.collate import encode_prompts
     from tasks.rlhf.assess import Held
 
     prompts = encode_prompts(lm, [example.prompt for example in examples], rollouts.max_prompt_tokens)

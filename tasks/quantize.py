@@ -220,7 +220,7 @@ def _train(
 
 def _pairs(lm: "LanguageModel", examples: "Sequence[Example]", params: Params) -> "list[Pair]":
     """Token ids of prompts and first right answers."""
-    from tasks.lm.respond import encode_prompts, encode_responses
+    from tasks.lm.collate import encode_prompts, encode_responses
 
     return list(
         zip(

@@ -25,8 +25,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bitfit": {"parameters": ["bias", "norm"]},
 }
 METHODS = tuple(method for method in OPTIONS if method != "qlora")
-# PEFT asks transformers a question under its old name.
-PEFT_WARNING = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 
 ARCHITECTURE = {
     "d_model": 32,

@@ -9,7 +9,7 @@ from lm_toys import toy
 
 from tasks.data.records import Example
 from tasks.data.synthetic import examples as synthetic
-from tasks.lm.respond import encode_prompts
+from tasks.lm.collate import encode_prompts
 from tasks.rlhf.policy import Policy, copied, new_policy
 from tasks.rlhf.rollout import Rollout, Scores, collect
 from tasks.rlhf.settings import Kl, Rollouts, Update

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 from lm_stages import SCHEDULE_HERE, Workplace, base_section, lay_out
-from lm_toys import FAMILIES, OPTIONS, PEFT_WARNING, texts, toy
+from lm_toys import FAMILIES, OPTIONS, texts, toy
 
 from tasks.base import _verdict
 from tasks.lm.model import LanguageModel, save
 from tasks.lm.peft import adapt
-
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from compress_stages import STUDENT, distill_section, with_dense
 from lm_stages import Workplace
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy, unsaved
+from lm_toys import COMPUTE, FAMILIES, context, toy, unsaved
 from torch import Tensor
 
 from tasks.compress.distillation import SoftTargets, distillation_loss, soft_loss, soft_targets, state_loss
@@ -23,14 +23,13 @@ from tasks.compress.sparse import input_norms
 from tasks.compress.student import Weights, _lesson, _StudentTrainer
 from tasks.compress.teacher import Foreseen, foresee
 from tasks.distill import Params, distill
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel, load
-from tasks.lm.respond import collate, hidden_states, response_logits
+from tasks.lm.respond import hidden_states, response_logits
 from tasks.lm.structure import with_layers
 from tasks.lm.train import Pair
 from tasks.stage import DataError, ParamsError
 from tasks.stage.params import validate
-
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 def logits(rows: int = 6, size: int = 20, seed: int = 0) -> Tensor:

@@ -234,8 +234,9 @@ QUICK = {
 def test_alignment_compares_sampled_answers_before_and_after(workplace: Path, tmp_path: Path) -> None:
     import torch
 
+    from tasks.lm.collate import collate, encode_prompts
     from tasks.lm.model import load
-    from tasks.lm.respond import collate, encode_prompts, response_logprobs
+    from tasks.lm.respond import response_logprobs
 
     track = Recorder()
     without = run(workplace, tmp_path / "without", **QUICK)
@@ -307,8 +308,8 @@ def test_the_reward_model_scores_both_sides(
 
 
 def test_shots_that_do_not_fit_are_left_out_from_the_front() -> None:
+    from tasks.lm.collate import encode_prompts
     from tasks.lm.model import LanguageModel
-    from tasks.lm.respond import encode_prompts
 
     rows = [example for example in synthetic(1, 20) if example.task == "summarize"]
     tokenizer = toy_tokenizer([example.prompt for example in rows])

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from lm_stages import SCHEDULE_HERE, Workplace, finetune_section, lay_out
-from lm_toys import COMPUTE, FAMILIES, METHODS, PEFT_WARNING, context, toy, unsaved
+from lm_toys import COMPUTE, FAMILIES, METHODS, context, toy, unsaved
 
 from tasks.data.records import read_examples
 from tasks.finetune import Params, encode, finetune
+from tasks.lm.collate import collate
 from tasks.lm.model import load, save
-from tasks.lm.respond import collate, model_inputs, response_logits
+from tasks.lm.respond import model_inputs, response_logits
 from tasks.lm.train import _ResponseTrainer, _trainer_inputs
 from tasks.stage import ParamsError
 from tasks.stage.params import validate
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 ALL = (*METHODS, "qlora")
 WHOLE = ("full", "bitfit")  # saved as a full model, not as an adapter
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import browser
 import pytest
-from lm_toys import PEFT_WARNING
 from playground_toys import HOSTILE, ROOT, lay_out
 from toy import until
 
@@ -23,7 +22,6 @@ from flows import pages, server
 from tasks.stage import UserError
 
 PASSWORD = "open sesame"
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 TOOLS = """
 function type(id, text) {
   const field = document.querySelector(`#${id} input[type=number], #${id} textarea`);

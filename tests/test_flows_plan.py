@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import yaml
-from lm_toys import PEFT_WARNING
 
 from flows import plan
 from flows.params_file import change
@@ -19,7 +18,6 @@ from tasks.planning import hardware
 from tasks.stage.errors import GateRefused, ParamsError, UserError, exit_code
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 class Ram(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from classifier_toys import ANSWERS, KINDS, LORA, PROMPTS, lay_model, toy_classifier
-from lm_toys import COMPUTE, FAMILIES, OPTIONS, PEFT_WARNING, shake, toy
+from lm_toys import COMPUTE, FAMILIES, OPTIONS, shake, toy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from tasks.lm.classifier import (
@@ -18,12 +18,11 @@ from tasks.lm.classifier import (
     scores,
     with_lora,
 )
+from tasks.lm.collate import encode_prompts, encode_responses
 from tasks.lm.model import LanguageModel, load, save
 from tasks.lm.peft import adapt, merged
-from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
+from tasks.lm.respond import likelihoods
 from tasks.stage import ParamsError, UserError
-
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 @pytest.fixture(params=KINDS)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from alignment_stages import LORA, ROLLOUTS, ppo_section, with_model
 from lm_stages import ROOT, Workplace
-from lm_toys import OPTIONS, PEFT_WARNING, context, shake, toy
+from lm_toys import OPTIONS, context, shake, toy
 from test_evaluate import params as evaluate_params
 
 from tasks import evaluate
@@ -28,8 +28,6 @@ from tasks.lm.peft import adapt, merged
 from tasks.rlhf.policy import Policy, new_policy
 from tasks.rlhf.rollout import Responses, part, respond_by_sampling
 from tasks.stage import ParamsError, UserError
-
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 INTERPRETER = ROOT / ".venv-vllm" / "bin" / "python"
 PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8], [11] * 20]

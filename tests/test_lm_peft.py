@@ -4,25 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_toys import COMPUTE, FAMILIES, GREEDY, METHODS, OPTIONS, PEFT_WARNING, shake, texts, toy
+from lm_toys import COMPUTE, FAMILIES, GREEDY, METHODS, OPTIONS, shake, texts, toy
 from safetensors.torch import load_file
 
 from tasks.lm import peft
+from tasks.lm.collate import Batch, collate, encode_prompts, encode_responses
 from tasks.lm.model import LanguageModel, is_adapter, load, save
 from tasks.lm.peft import adapt, load_nf4, merged_to_answer, parameter_counts
-from tasks.lm.respond import (
-    Batch,
-    collate,
-    encode_prompts,
-    encode_responses,
-    generate,
-    respond,
-    response_logits,
-    response_logprobs,
-)
+from tasks.lm.respond import generate, respond, response_logits, response_logprobs
 from tasks.stage import ParamsError, UserError
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 PROMPTS = [text[: 20 + 12 * number] for number, text in enumerate(texts(6))]
 
 

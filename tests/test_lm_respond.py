@@ -7,21 +7,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_toys import COMPUTE, FAMILIES, GREEDY, PEFT_WARNING, texts, toy
+from lm_toys import COMPUTE, FAMILIES, GREEDY, texts, toy
 
-from tasks.lm.model import LanguageModel
-from tasks.lm.respond import (
-    IGNORED,
+from tasks.lm.collate import (
     PROMPT_END,
     Batch,
     batches_by_length,
     collate,
     collate_answers,
     continuation,
-    corpus_perplexity,
     cut_middle,
     encode_prompts,
     encode_responses,
+)
+from tasks.lm.model import LanguageModel
+from tasks.lm.respond import (
+    IGNORED,
+    corpus_perplexity,
     generate,
     likelihoods,
     model_inputs,
@@ -34,7 +36,6 @@ from tasks.lm.respond import (
     sample,
 )
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 PROMPTS = [text[: 10 + 17 * number] for number, text in enumerate(texts(8))]
 RESPONSES = [text[: 5 + 6 * number] for number, text in enumerate(texts(8, seed=6))]
 

@@ -2,24 +2,15 @@
 
 import pytest
 import torch
-from lm_toys import FAMILIES, OPTIONS, PEFT_WARNING, shake, toy
+from lm_toys import FAMILIES, OPTIONS, shake, toy
 from torch import Tensor
 
 from tasks.data.synthetic import examples
+from tasks.lm.collate import collate, encode_prompts
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt
-from tasks.lm.respond import (
-    Samples,
-    collate,
-    encode_prompts,
-    entropy,
-    response_logits,
-    response_outputs,
-    sample,
-    token_logprobs,
-)
+from tasks.lm.respond import Samples, entropy, response_logits, response_outputs, sample, token_logprobs
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 TOKENS = 10
 
 

@@ -16,7 +16,6 @@ from lm_toys import (
     FAMILIES,
     METHODS,
     OPTIONS,
-    PEFT_WARNING,
     SCHEDULE,
     context,
     schedule,
@@ -25,14 +24,14 @@ from lm_toys import (
 )
 from pydantic import ValidationError
 
+from tasks.lm.collate import collate, encode_prompts, encode_responses
 from tasks.lm.model import LanguageModel, load, save
 from tasks.lm.peft import adapt, load_nf4
-from tasks.lm.respond import collate, encode_prompts, encode_responses, response_logprobs
+from tasks.lm.respond import response_logprobs
 from tasks.lm.schedule import Schedule
 from tasks.lm.train import Pair, Training, batches, mean_loss, sizes_of, train
 from tasks.stage import Interrupted, NullTrack, ParamsError
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 ROWS = 48  # twelve steps of four
 
 

@@ -6,19 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from lm_toys import ARCHITECTURE, FAMILIES, METHODS, OPTIONS, PEFT_WARNING, toy
+from lm_toys import ARCHITECTURE, FAMILIES, METHODS, OPTIONS, toy
 from test_planning import ADAPTERS, FLAN_T5_BASE, LLAMA_2_7B, LLAMA_2_70B, LORA, shape
 
+from tasks.lm.collate import Batch
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, parameter_counts
-from tasks.lm.respond import Batch, response_logits
+from tasks.lm.respond import response_logits
 from tasks.planning import memory
 from tasks.planning.counts import Counts, counts
 from tasks.planning.shape import config_of
 
 ROWS, PROMPT, RESPONSE = 2, 24, 10
-
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 @cache

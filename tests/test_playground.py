@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, toy
+from lm_toys import COMPUTE, FAMILIES, toy
 from playground_toys import HOSTILE, lay_out
 from transformers import GenerationConfig
 
 from tasks.data.records import read_examples
 from tasks.evaluate import _draw_shots, shot_prompts
+from tasks.lm.collate import collate, encode_prompts
 from tasks.lm.model import LanguageModel, load
-from tasks.lm.respond import collate, encode_prompts, respond
+from tasks.lm.respond import respond
 from tasks.playground import picture
 from tasks.playground.answering import Answer, Playground, Variant, open_playground, pieces
 from tasks.playground.distribution import Before, Step, rows, steps
@@ -24,7 +25,6 @@ from tasks.stage import UserError
 ROOT = Path(__file__).parents[1]
 PROMPT = "#Person1#: Hello there, how are you?"
 NEUTRAL = {setting.name: setting.neutral for setting in SETTINGS}
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 def asked(strategy: str = "Greedy", **values: Any) -> Any:

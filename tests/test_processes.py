@@ -15,12 +15,11 @@ from alignment_stages import UPDATE, feedback_section, ppo_section, reward_secti
 from compress_stages import distill_section, with_dense
 from faults import fault_in_stage
 from lm_stages import SCHEDULE_HERE, Workplace, base_section, finetune_section, lay_out
-from lm_toys import OPTIONS, PEFT_WARNING, toy
+from lm_toys import OPTIONS, toy
 from toy import until
 
 from tasks.lm.model import save
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 TOLERANCE = 1e-4
 CHECKPOINT = 4  # a step after which both stages write one
 SECONDS_TO_END = 30

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compress_stages import RECOVERY, prune_section, with_dense
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, toy, unsaved
+from lm_toys import COMPUTE, FAMILIES, context, toy, unsaved
 from torch import Tensor
 
 from tasks.compress.pruning import (
@@ -21,16 +21,16 @@ from tasks.compress.pruning import (
     unit_importance,
 )
 from tasks.compress.sparse import _only_where, apply_masks, input_norms, pruned, sparsity_of
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel, load
 from tasks.lm.peft import adapt, merged
-from tasks.lm.respond import collate, response_logits
+from tasks.lm.respond import response_logits
 from tasks.lm.structure import linear_layers, units, with_units
 from tasks.lm.train import Pair
 from tasks.prune import Params, prune
 from tasks.stage import DataError, ParamsError
 from tasks.stage.params import validate
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lm_stages import SCHEDULE_HERE, lay_out
-from lm_toys import COMPUTE, FAMILIES, GREEDY, PEFT_WARNING, context, schedule, shake, toy
+from lm_toys import COMPUTE, FAMILIES, GREEDY, context, schedule, shake, toy
 from pydantic import ValidationError
 
 from tasks.compress import formats
@@ -24,13 +24,13 @@ from tasks.compress.schemes import BITS, WITH_BITSANDBYTES
 from tasks.compress.smoothing import observe, smooth
 from tasks.compress.speed import speed
 from tasks.data.synthetic import examples as synthetic
+from tasks.lm.collate import collate, encode_prompts, encode_responses
 from tasks.lm.model import LanguageModel, load, save
 from tasks.lm.peft import adapt
-from tasks.lm.respond import collate, encode_prompts, encode_responses, respond, response_logits
+from tasks.lm.respond import respond, response_logits
 from tasks.quantize import Params, quantize
 from tasks.stage import DataError, ParamsError, UserError
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 SCHEMES = (*BITS, *WITH_BITSANDBYTES)
 WIDE = {"d_model": 64, "d_ff": 128, "heads": 2}
 

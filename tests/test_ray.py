@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray_cluster
 from classifier_toys import toy_classifier
-from lm_toys import COMPUTE, PEFT_WARNING
+from lm_toys import COMPUTE
 from playground_toys import ROOT, lay_out
 from ray_cluster import ENVIRONMENT, RayCluster
 
@@ -22,7 +22,6 @@ from tasks.lm.classifier import save_classifier
 from tasks.stage import TryAgain, UserError
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 KILLING = """\
 import os, runpy, signal, sys, time
 from functools import partial

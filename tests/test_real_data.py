@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_toys import PEFT_WARNING
 
 from flows.params_file import change
 from tasks import base, evaluate, finetune, prepare
@@ -14,7 +13,7 @@ from tasks.data.records import read_examples
 from tasks.stage import Context, NullTrack
 from tasks.stage.params import read_section, read_shared, read_yaml
 
-pytestmark = [pytest.mark.real_data, pytest.mark.filterwarnings(PEFT_WARNING)]
+pytestmark = pytest.mark.real_data
 SMALL = (
     "compute.device=cpu",
     "base.architecture.d_model=64",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lm_toys import COMPUTE, FAMILIES, OPTIONS, PEFT_WARNING, shake, toy
+from lm_toys import COMPUTE, FAMILIES, OPTIONS, shake, toy
 
 from flows import server
 from tasks.lm.model import LanguageModel, load, save
@@ -72,7 +72,7 @@ LICENCES = Licences(model="MIT", data="CC BY 4.0")
 
 # MLflow warns of type hints of its own when it is imported.
 MLFLOW_WARNING = "ignore:.*Any type hint is inferred as AnyType:UserWarning"
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING, MLFLOW_WARNING)
+pytestmark = pytest.mark.filterwarnings(MLFLOW_WARNING)
 
 
 def tuned(family: str, folder: Path, method: str = "lora") -> Path:

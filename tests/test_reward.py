@@ -14,22 +14,22 @@ import torch
 from alignment_stages import reward_section
 from classifier_toys import KINDS, lay_model, toy_classifier
 from lm_stages import Workplace
-from lm_toys import COMPUTE, FAMILIES, PEFT_WARNING, context, unsaved
+from lm_toys import COMPUTE, FAMILIES, context, unsaved
 from pydantic import ValidationError
 from test_base import assert_one_line
 from torch import Tensor
 
 from tasks.data.records import Comparisons, read_comparisons
 from tasks.lm.classifier import Classifier, load_classifier, new_classifier, scores
+from tasks.lm.collate import encode_prompts, encode_responses
 from tasks.lm.model import load
-from tasks.lm.respond import encode_prompts, encode_responses, likelihoods
+from tasks.lm.respond import likelihoods
 from tasks.lm.schedule import Schedule
 from tasks.metrics import preferences
 from tasks.reward import Params, _shuffled, reward
 from tasks.rlhf.preference import _collate, elements, losses, train_on_preferences
 from tasks.stage import DataError, ParamsError
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 GOOD = ("glad", "kind", "calm", "warm", "fair", "clear", "brave", "bright")
 BAD = ("mean", "grim", "cold", "harsh", "sour", "dull", "cruel", "bitter")
 

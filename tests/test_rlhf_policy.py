@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from lm_toys import FAMILIES, PEFT_WARNING
+from lm_toys import FAMILIES
 from ppo_toys import EXAMPLES, letters, new, prompts, rollout, trainer
 
-from tasks.lm.respond import collate, response_logits
+from tasks.lm.collate import collate
+from tasks.lm.respond import response_logits
 from tasks.rlhf.losses import policy_loss
 from tasks.rlhf.policy import Policy, copied, reads_once, trunk_of
 from tasks.rlhf.rewards import k1
 from tasks.rlhf.rollout import Rollout, part, respond_by_sampling
 from tasks.stage import ParamsError
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 METHODS = ("lora", "full")
 
 

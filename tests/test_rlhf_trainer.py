@@ -6,19 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from lm_toys import FAMILIES, PEFT_WARNING
+from lm_toys import FAMILIES
 from ppo_toys import EXAMPLES, letters, new, prompts, rollout, trainer
 from torch import Tensor
 
 from tasks.data.records import Example
+from tasks.lm.collate import collate, encode_responses
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import collate, encode_responses, response_logits, response_logprobs
+from tasks.lm.respond import response_logits, response_logprobs
 from tasks.rlhf.optimum import two_outcomes
 from tasks.rlhf.policy import Policy, new_policy
 from tasks.rlhf.rollout import Scores
 from tasks.rlhf.trainer import Change, minibatches, report
-
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 
 def state_after(family: str, steps: int = 1, separate: bool = False, **changes: Any) -> dict[str, Tensor]:

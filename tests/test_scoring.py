@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from classifier_toys import toy_classifier
-from lm_toys import COMPUTE, PEFT_WARNING
+from lm_toys import COMPUTE
 from playground_toys import ROOT, lay_out
 
 from flows.score import score
@@ -23,7 +23,6 @@ from tasks.scoring.prompts import Part
 from tasks.stage import DataError, TryAgain, UserError
 from tasks.stage.lock import Lock
 
-pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 PROMPTS = [f"Where does #Person{1 + number % 2}# meet {'you ' * number}at {number}?" for number in range(8)]
 ROWS = [{"id": number, "prompt": prompt, "café": "é"} for number, prompt in enumerate(PROMPTS)]
 SAMPLING = ("do_sample=true", "temperature=2.0", "top_k=0")

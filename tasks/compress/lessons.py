@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tasks.data.records import Example
+from tasks.lm.collate import encode_prompts, encode_responses
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import encode_prompts, encode_responses, respond
+from tasks.lm.respond import respond
 from tasks.lm.train import Pair
 
 

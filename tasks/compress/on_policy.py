@@ -20,8 +20,9 @@ from transformers import Trainer
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read when the module is imported
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import IGNORED, collate
+from tasks.lm.respond import IGNORED
 from tasks.lm.schedule import Schedule
 from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context, ParamsError

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from tasks.compress.formats import fake_quantization
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import IGNORED, collate, model_inputs
+from tasks.lm.respond import IGNORED, model_inputs
 from tasks.lm.schedule import Schedule
 from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tasks.compress.formats import quantizable
 from tasks.compress.quantization import smoothing_factors
+from tasks.lm.collate import Batch, collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import Batch, collate, response_logits
+from tasks.lm.respond import response_logits
 from tasks.stage import ParamsError
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response

@@ -19,9 +19,10 @@ from tasks.compress.pruning import (
     two_of_four_mask,
 )
 from tasks.compress.shrink import fewer_units
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, merged
-from tasks.lm.respond import collate, response_logits
+from tasks.lm.respond import response_logits
 from tasks.lm.schedule import Schedule
 from tasks.lm.structure import linear_layers, units
 from tasks.lm.train import Pair, Training, train

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import collate, generate
+from tasks.lm.respond import generate
 
 
 class Speed(NamedTuple):

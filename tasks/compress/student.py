@@ -10,8 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 from tasks.compress.distillation import SoftTargets, distillation_loss, state_loss
 from tasks.compress.teacher import Foreseen
+from tasks.lm.collate import Batch, collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import IGNORED, Batch, States, collate, hidden_states, model_inputs, output_states
+from tasks.lm.respond import IGNORED, States, hidden_states, model_inputs, output_states
 from tasks.lm.schedule import Schedule
 from tasks.lm.train import HeldOutLoss, Pair, Training, batches, fit, mean_loss, sizes_of
 from tasks.stage import Context

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tasks.compress.distillation import SoftTargets, soft_targets
+from tasks.lm.collate import Batch, batches_by_length, collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import Batch, States, batches_by_length, collate, model_inputs, output_states
+from tasks.lm.respond import States, model_inputs, output_states
 from tasks.lm.train import Pair
 from tasks.stage import checkpoints
 from tasks.stage.files import new_folder

@@ -28,10 +28,10 @@ from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
 from tasks.lm.attention import on_device
+from tasks.lm.collate import batches_by_length, encode_prompts, encode_responses
 from tasks.lm.device import device, precision
 from tasks.lm.language_head import LanguageHead, head_of, load_head
 from tasks.lm.model import ADAPTER_CONFIG, LanguageModel, is_adapter, load
-from tasks.lm.respond import batches_by_length, encode_prompts, encode_responses
 from tasks.stage import Compute, ParamsError, UserError
 from tasks.stage.files import new_folder
 

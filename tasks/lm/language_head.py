@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from tasks.lm.collate import collate
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import collate, response_hidden, response_outputs, token_logprobs
+from tasks.lm.respond import response_hidden, response_outputs, token_logprobs
 
 FILE = "language_head.safetensors"
 

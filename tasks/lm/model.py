@@ -5,6 +5,7 @@ Weights are read from safetensors only, and no code that comes with a model is e
 """
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # by PEFT
 logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it warns of kernels that a CPU can do without
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tasks.lm.collate import closed, continuation, whole_text
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import closed, continuation, whole_text
 from tasks.lm.train import Pair
 from tasks.stage import DataError, ParamsError
 

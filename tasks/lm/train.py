@@ -26,9 +26,10 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
+from tasks.lm.collate import collate
 from tasks.lm.device import device, precision
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import IGNORED, collate, likelihoods, model_inputs
+from tasks.lm.respond import IGNORED, likelihoods, model_inputs
 from tasks.lm.schedule import Schedule
 from tasks.lm.sharded import in_parts, make_whole, shares_embeddings, shell_of
 from tasks.stage import Context, ParamsError, checkpoints, memory

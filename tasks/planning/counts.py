@@ -19,8 +19,6 @@ def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -
     `options` are those of the method, without its learning rate. Raises ParamsError when the method does not
     fit the model.
     """
-    import warnings
-
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -32,8 +30,7 @@ def counts(config: Mapping[str, Any], method: str, options: Mapping[str, Any]) -
     known = {name: value for name, value in config.items() if name != "model_type"}
     read = AutoConfig.for_model(config["model_type"], **known)
     family = AutoModelForSeq2SeqLM if read.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # by PEFT
+    with torch.device("meta"):
         model = family.from_config(read)
         model.tie_weights()
         if has_own_head(config):  # which from_pretrained sees by the weights, and from_config cannot

@@ -112,7 +112,7 @@ class Playground:
 
     def answer(self, variant: str, prompt: str, task: str, shots: int, settings: Settings) -> Answer:
         """Let a variant answer. Raises UserError when it cannot."""
-        from tasks.lm.respond import encode_prompts
+        from tasks.lm.collate import encode_prompts
 
         check_prompt(prompt)
         with self._turn:
@@ -173,7 +173,8 @@ class Playground:
         """What the model says of each token of an answer: `[T, V]`, on the CPU."""
         import torch
 
-        from tasks.lm.respond import collate, response_logits
+        from tasks.lm.collate import collate
+        from tasks.lm.respond import response_logits
 
         with torch.inference_mode():
             return response_logits(lm, collate(lm, [prompt_ids], [ids]))[0].cpu()

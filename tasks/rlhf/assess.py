@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks.data.records import Example
-from tasks.lm.respond import batches_by_length
+from tasks.lm.collate import batches_by_length
 from tasks.metrics.bootstrap import Measure, interval, resamples
 from tasks.metrics.rouge import rouge
 from tasks.metrics.slots import slot_counts

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tasks.lm.classifier import load_classifier
+from tasks.lm.collate import Batch
 from tasks.lm.engine import Engine
 from tasks.lm.model import LanguageModel
 from tasks.lm.peft import adapt, merged
-from tasks.lm.respond import Batch, entropy, response_hidden, response_outputs, token_logprobs
+from tasks.lm.respond import entropy, response_hidden, response_outputs, token_logprobs
 from tasks.rlhf.settings import Value
 from tasks.stage import Compute, ParamsError
 

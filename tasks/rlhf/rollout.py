@@ -17,17 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.data.records import Example
+from tasks.lm.collate import Batch, batches_by_length, collate, collate_answers
 from tasks.lm.engine import Engine
 from tasks.lm.model import LanguageModel
-from tasks.lm.respond import (
-    Batch,
-    batches_by_length,
-    collate,
-    collate_answers,
-    read_prompts,
-    response_hidden,
-    sample,
-)
+from tasks.lm.respond import read_prompts, response_hidden, sample
 from tasks.rlhf.policy import Policy, reads_once
 from tasks.stage.place import Place
 
