@@ -266,7 +266,9 @@ def test_the_sweep_has_every_method_pattern_and_sparsity(tmp_path: Path) -> None
     lines = (here.root / "reports" / "prune" / "sweep.csv").read_text().splitlines()
     assert lines[0].startswith("method,pattern,sparsity,rougeL,slot_f1,")
     assert len(lines) == 1 + 2 * (2 + 1 + 2)
-    files = {path: path.read_bytes() for path in sorted((here.root / "reports").rglob("*")) if path.is_file()}
+    made = [here.root / "reports", here.root / "models" / "prune"]
+    files = {path: path.read_bytes() for folder in made for path in folder.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".safetensors" for path in files)
     assert called(here.root, sweep=sweep) == first
     assert {path: path.read_bytes() for path in files} == files
 
