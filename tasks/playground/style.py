@@ -43,7 +43,7 @@ STYLE = """
   background: color-mix(in srgb, var(--c0) calc(var(--sure) * 32%), var(--panel)); }
 .strip button:hover { border-color: var(--c0); }
 .strip button[aria-current] { outline: 2px solid var(--c1); outline-offset: 1px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; width: 0; min-width: 100%; }  /* asks for no width of its own */
 .page table.chart { border-collapse: collapse; border: 0; width: 100%; table-layout: fixed; min-width: 340px;
   margin: 4px 0; }
 .page .chart th, .page .chart td { text-align: left; vertical-align: middle; padding: 3px 10px 3px 0; border: 0;
