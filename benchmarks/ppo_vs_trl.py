@@ -60,14 +60,13 @@ class Size:
     vocabulary: int
     episodes: int
     steps: int
-    repeats: bool  # with every seed, or once
 
 
 SIZES = {
-    "small": Size(128, 4, 512, 1_000, episodes=32, steps=10, repeats=True),
-    "large": Size(512, 8, 2_304, 8_000, episodes=16, steps=3, repeats=False),
+    "small": Size(128, 4, 512, 1_000, episodes=32, steps=10),
+    "large": Size(512, 8, 2_304, 8_000, episodes=16, steps=3),
 }
-JUDGE = Size(128, 4, 512, 0, 0, 0, False)  # the reward model; its vocabulary is the policy's
+JUDGE = Size(128, 4, 512, 0, 0, 0)  # the reward model; its vocabulary is the policy's
 
 
 def install_trl(folder: Path) -> None:
@@ -480,7 +479,7 @@ def main() -> int:
             before = _run(options, "before", name, Path(folder))
             for method in options.methods:
                 runs: dict[str, list[Any]] = {"ours": [], "theirs": []}
-                for seed in range(options.seeds if SIZES[name].repeats else 1):
+                for seed in range(options.seeds):
                     for side, found in runs.items():
                         print(f"{name} {method} {side}, seed {seed} ...", file=sys.stderr, flush=True)
                         found.append(_run(options, side, name, Path(folder), method, seed))

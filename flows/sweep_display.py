@@ -1,6 +1,7 @@
 """What is seen of a sweep: bars on a terminal, plain lines elsewhere, one table at the end (on stdout)."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from flows.run import GOOD
 from flows.sweep import Record, Sweep, Work, log_path, read_log
 
 FIGURES = 6  # columns of metrics, where nobody says which
+HEADER_WIDTH = 10  # of a metric's name, in letters
 STATES = COLOURS | {"pruned": "dim", "waiting": "dim"}
 SETTLED = ("done", "failed", "pruned", "stopped")
 
@@ -161,7 +163,7 @@ def show(root: Path, sweep: Sweep, found: Sequence[Mapping[str, Any]], console: 
     figures = list(found[0]["metrics"]) if found else []
     table = Table("point", *settings, "state", "time", box=None, header_style="bold")
     for name in figures:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(_stacked(name), justify="right", overflow="fold")
     for row in found:
         style = STATES.get(row["state"], "")
         table.add_row(
@@ -192,6 +194,16 @@ def _usual(root: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
         names += [name for name in wanted if any(name in found for found in metrics)]
     differ = [name for name in names if len({found.get(name) for found in metrics if found}) > 1]
     return (differ or names)[:FIGURES]
+
+
+def _stacked(name: str) -> str:
+    """A name in short lines, parted behind dots and underscores: `ppo.`, `share_of_`, `gain`."""
+    lines = [""]
+    for part in re.findall(r"[^._]*[._]?", name):
+        if len(lines[-1] + part) > HEADER_WIDTH or lines[-1].endswith("."):
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines).rstrip()
 
 
 def _ending(record: Record) -> str:

@@ -1,5 +1,6 @@
 """Sweeps through the command line, on toys: what runs how often, what a failure or a kill does."""
 
+import io
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 from prefect_server import PrefectServer
+from rich.console import Console
 from toy import Toy, build, until
 
-from flows import point, snapshot, sweep
+from flows import point, snapshot, sweep, sweep_display
 from flows.processes import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC's pygtrie
@@ -210,3 +212,20 @@ def test_a_snapshot_outside_git_or_with_large_new_files_is_refused(
         snapshot.take(inner, "x")
     with pytest.raises(snapshot.UserError, match="no git repository"):
         snapshot.take(tmp_path, "x")
+
+
+def test_on_a_narrow_terminal_no_name_of_a_metric_is_cut(tmp_path: Path) -> None:
+    names = ["ppo.reward_after", "ppo.share_of_gain", "ppo.guard_events", "evaluate.finetune.rougeL"]
+    row = {
+        "point": 1, "name": "s/1", "settings": {"ppo.kl.beta": 0.05}, "state": "done", "seconds": 61.2,
+        "message": "", "metrics": dict.fromkeys(names, 0.1234),
+    }  # fmt: skip
+    printed = io.StringIO()
+    console = Console(width=80, file=printed)
+    other = {**row, "point": 2, "settings": {"ppo.kl.beta": 0.2}}
+    sweep_display.show(tmp_path, sweep.Sweep("s", "abc"), [row, other], console)
+    head = [line.split() for line in printed.getvalue().splitlines()[:3]]
+    assert head == [
+        ["ppo.", "ppo.", "ppo.", "evaluate."], ["reward_", "share_of_", "guard_", "finetune."],
+        ["point", "ppo.kl.beta", "state", "time", "after", "gain", "events", "rougeL"],
+    ]  # fmt: skip
