@@ -194,11 +194,11 @@ def quantize_table(metrics: Mapping[str, Any]) -> str:
             name.replace("_", " "),
             f"{found['bytes']:,}",
             f"{found['bytes_ratio']:.3f}",
-            *(f"{found[score]:.3f}" for score in ("rougeL", "slot_f1", "toxicity_rate")),
+            *(f"{found[score]:.3f}" for score in ("perplexity", *SCORES)),
         )
         for name, found in metrics["schemes"].items()
     ]
-    return markdown(("Scheme", "Bytes", "Of the dense", *SCORES.values()), rows)
+    return markdown(("Scheme", "Bytes", "Of the dense", "Perplexity", *SCORES.values()), rows)
 
 
 EVALUATE = Path("metrics/evaluate.json")
