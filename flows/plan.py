@@ -70,8 +70,11 @@ def look(
         there = need.memory if machine.device == "cpu" else need.memory.without(stages.MAPPED)
         return need, there.of_one(strategy, devices)
 
+    def room_for(name: str, params: fit.Params) -> float:
+        return memory * (1 - stages.engine_share(name, params, root)) if on.gpu else memory
+
     def fits(name: str) -> Callable[[fit.Params], bool]:
-        return lambda params: need_of(name, params)[1].total + beyond <= memory
+        return lambda params: need_of(name, params)[1].total + beyond <= room_for(name, params)
 
     found = []
     for name in chosen:
@@ -84,7 +87,8 @@ def look(
             "phase": needed.phase,
             "bytes": {part: round(room) for part, room in needed.parts.items() if round(room)},
             "bytes_total": round(needed.total),
-            "fits": needed.total + beyond <= memory,
+            "room": round(room_for(name, data)),
+            "fits": needed.total + beyond <= room_for(name, data),
             "flops_a_step": need.flops,
             "seconds_a_step": need.flops / (rate * devices),
             "steps": steps,
@@ -155,6 +159,8 @@ def show(plan: dict[str, Any]) -> None:
             f"           {parts}",
             f"  compute  {_operations(entry['flops_a_step'])} a step; {_time(entry)}",
         ]
+        if entry["room"] < plan["memory"]:
+            lines.append(f"  engine   vLLM has {_size(plan['memory'] - entry['room'])} of the memory")
         if "text" in entry:
             lines.append(f"  text     {entry['text']['verdict']}")
     sys.stdout.write("\n".join(lines) + "\n")
@@ -164,7 +170,7 @@ def refuse(plan: dict[str, Any]) -> None:
     """Raise GateRefused, a line for each stage that does not fit, with the change that would make it fit."""
     lines = [
         f"{entry['stage']} does not fit: it needs {_size(entry['bytes_total'] + plan['imports'])} and there "
-        f"are {_size(plan['memory'])}; {_remedy(entry['mended_by'], plan['presets'], plan['settings'])}"
+        f"are {_size(entry['room'])}; {_remedy(entry['mended_by'], plan['presets'], plan['settings'])}"
         for entry in plan["stages"]
         if not entry["fits"]
     ]

@@ -109,6 +109,28 @@ def test_a_gpu_of_which_all_is_told_need_not_be_here(workspace: Path) -> None:
     assert on_gpu["bytes"]["activations"] < 0.6 * on_cpu["bytes"]["activations"]
 
 
+def test_another_engine_has_its_share_of_a_gpu(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = "ppo.rollouts.engine={python: /bin/python, memory: 0.75}"
+    gpu = ["base.architecture.family=llama", "compute.device=cuda"]
+    arguments = (workspace, ["finetune", "ppo"], "3GB", 1e14)
+    finetune, ppo = plan.look(*arguments, settings=[*gpu, engine])["stages"]
+    assert finetune["room"] == 3e9 and finetune["fits"]
+    assert ppo["room"] == 0.75e9
+    (alone,) = plan.look(workspace, ["ppo"], "3GB", 1e14, settings=gpu)["stages"]
+    assert alone["bytes_total"] == ppo["bytes_total"] and alone["fits"]
+    crowded = plan.look(*arguments, settings=[*gpu, engine])
+    plan.show(crowded)
+    assert "vLLM has 2.2 GB of the memory" in capsys.readouterr().out
+    with pytest.raises(GateRefused, match=r"^ppo does not fit: it needs .* and there are 750 MB; "):
+        plan.refuse(crowded)
+    (here,) = plan.look(workspace, ["ppo"], "3GB", 1e10, settings=[*gpu[:1], engine])["stages"]
+    assert here["room"] == 3e9, "on a CPU it has none of the stage's memory set apart"
+    (seq2seq,) = plan.look(
+        workspace, ["evaluate"], "3GB", 1e14, settings=[gpu[1], engine.replace("ppo.rollouts", "evaluate")]
+    )["stages"]
+    assert seq2seq["room"] == 3e9, "it does not answer for T5"
+
+
 def test_devices_divide_time_and_what_the_strategy_divides(workspace: Path) -> None:
     change(workspace, settings=["finetune.method=full"])
     (alone,) = plan.look(workspace, ["finetune"], "64GB", 1e10)["stages"]

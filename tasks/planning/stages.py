@@ -117,6 +117,16 @@ def is_here(stage: str, data: Params, root: Path) -> bool:
     return local and shape_of(model_config(data, root)) is not None
 
 
+def engine_share(stage: str, data: Params, root: Path) -> float:
+    """The share of a GPU that another engine has, which answers for the stage; 0 where none does."""
+    section = data["ppo"]["rollouts"] if stage == "ppo" else data[stage]
+    engine = section.get("engine")
+    if engine is None or _shape(model_config(data, root)).is_encoder_decoder:
+        return 0.0
+    share: float = engine["memory"]
+    return share
+
+
 def model_config(data: Params, root: Path) -> Params:
     """The config.json of the model that the pipeline is about: the base."""
     source = data["base"]["source"]
