@@ -11,6 +11,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from tasks.stage.errors import ParamsError, one_line
@@ -211,9 +212,19 @@ def _dump(data: CommentedMap, before: str) -> str:
     return stream.getvalue()
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes `null` as it stands in params.yaml, not as nothing."""
+
+
+_Representer.add_representer(
+    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+)
+
+
 def _yaml(text: str) -> YAML:
     """A round-trip reader and writer in the style of `text`."""
     style = YAML()
+    style.Representer = _Representer
     style.preserve_quotes = True
     style.width = 4096  # no line is folded
     item = re.search(r"^( *)[^\s#-].*:.*\n(?: *#.*\n)*( *)- ", text, re.MULTILINE)

@@ -1,5 +1,6 @@
 """`--set` and `--preset`: what is written, what is refused, and what stays as it was."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from ruamel.yaml import YAML
 from flows.params_file import _merge, change
 from tasks.stage import ParamsError, Section
 
+ROOT = Path(__file__).parents[1]
 PARAMS = """\
 # what runs
 seed: 1  # any integer
@@ -111,6 +113,16 @@ def test_floats_are_floats_for_every_yaml_reader(text: str, value: float, root: 
     change(root, settings=[f"tune.learning_rate={text}"])
     assert yaml.safe_load(read(root))["tune"]["learning_rate"] == value
     assert YAML(typ="safe").load(read(root))["tune"]["learning_rate"] == value
+
+
+def test_one_setting_changes_one_line_of_this_repositorys_params(tmp_path: Path) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    change(tmp_path, settings=["distill.control.epochs=7"])
+    before, after = ((folder / "params.yaml").read_text().splitlines() for folder in (ROOT, tmp_path))
+    assert [line for line in after if line not in before] == ["    epochs: 7"]
+    change(tmp_path, settings=["distill.control=null"])
+    assert "  control: null" in (tmp_path / "params.yaml").read_text()
 
 
 def test_nothing_changed_writes_nothing(root: Path) -> None:
