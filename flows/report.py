@@ -25,7 +25,7 @@ def as_rows(run: Run) -> list[dict[str, Any]]:
             "stage": name,
             "state": result.state,
             "seconds": round(result.seconds, 1),
-            "result": result.message or _figures(metrics(run.root, name), run.stages[name].meta.show),
+            "result": result.message or _figures(_metrics(run, name), run.stages[name].meta.show),
         }
         for name, result in run.results.items()
     ]
@@ -54,8 +54,13 @@ def variant_rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def variants_of(run: Run) -> list[dict[str, str]]:
     """The rows of `variant_rows`; none when the run left them as they were before it, for other models."""
-    evaluated = run.results.get("evaluate")
-    return variant_rows(metrics(run.root, "evaluate")) if evaluated and evaluated.state in GOOD else []
+    return variant_rows(_metrics(run, "evaluate"))
+
+
+def _metrics(run: Run, name: str) -> dict[str, Any]:
+    """Those of a stage that is up to date; what lies there of one that never came to run is of other inputs."""
+    result = run.results.get(name)
+    return metrics(run.root, name) if result and result.state in GOOD else {}
 
 
 def as_markdown(run: Run) -> str:

@@ -105,9 +105,9 @@ def test_stages_that_ask_for_a_gpu_run_one_at_a_time(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("state", "shown"), [("done", 1), ("cached", 1), ("stopped", 0), (None, 0)])
-def test_scores_of_variants_are_those_of_this_run(state: Any, shown: int, tmp_path: Path) -> None:
+def test_scores_are_those_of_this_run(state: Any, shown: int, tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps({"base": {"rougeL": 0.5}}))
+    (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps({"examples": 7, "base": {"rougeL": 0.5}}))
     meta = pipeline.Meta(**pipeline.USUAL_META)
     names = ["a"] if state is None else ["a", "evaluate"]
     stages = {name: pipeline.Stage(name, name, (), (), meta) for name in names}
@@ -115,6 +115,8 @@ def test_scores_of_variants_are_those_of_this_run(state: Any, shown: int, tmp_pa
     if state is not None:
         toy.results["evaluate"].state = state
     assert len(report.variants_of(toy)) == shown
+    results = [row["result"] for row in report.as_rows(toy)]
+    assert results == ["", "examples=7"] if shown else not any(results)
 
 
 def test_a_run_links_to_its_mlflow_runs_and_its_mlflow_run_links_back(
