@@ -181,8 +181,12 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
 
 
 def _wrap(model: "PreTrainedModel", config: "PeftConfig") -> "PeftModel":
-    from peft import PeftType, TaskType, get_peft_model
+    from peft import LoraConfig, PeftType, TaskType, get_peft_model
 
+    from tasks.lm.lora import LoraLinear
+
+    if isinstance(config, LoraConfig) and getattr(model, "quantization_method", None) is None:
+        config._register_custom_module({nn.Linear: LoraLinear})
     if (config.peft_type, config.task_type) == (PeftType.PROMPT_TUNING, TaskType.CAUSAL_LM):
         return _prompt_tuned_causal(model, config)
     return get_peft_model(model, config)
