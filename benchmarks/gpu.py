@@ -3,7 +3,8 @@
 Fine-tuning and PPO, in full and with LoRA, of models with random weights: 248 and 494 million parameters.
 Each runs its stage for a few steps, with prompts and answers cut at their limits, so that the lengths are
 those that `lifecycle plan` knows. Speed is that of the median step, the first ones left out; memory is the most
-that tensors take on the GPU at once.
+that tensors of this process take on the GPU at once. The row `ppo_lora_vllm` has the answers of `ppo_lora_long`
+sampled by vLLM, where `make vllm` has set it up.
 
     python benchmarks/gpu.py [--rows finetune_lora ppo_lora] [--models qwen2.5-0.5b] [--precisions bf16]
 
@@ -46,11 +47,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-ROWS = ("finetune_full", "finetune_lora", "ppo_full", "ppo_lora", "ppo_lora_prompts")
+ROWS = ("finetune_full", "finetune_lora", "ppo_full", "ppo_lora", "ppo_lora_prompts", "ppo_lora_long")
+ENGINE_ROW = "ppo_lora_vllm"
+ENGINE = {"python": os.environ.get("VLLM_PYTHON", ".venv-vllm/bin/python"), "memory": 0.3}
 PRECISIONS = ("bf16", "fp32")
 PROMPT, RESPONSE, VOCABULARY = 512, 48, 900
 BATCH, MICRO_BATCH, STEPS = 16, 8, 10
 EPISODES, ANSWERS, PPO_STEPS, WATCHED = 32, 2, 3, 8
+LONG_RESPONSE, MANY_EPISODES = 256, 128
 FIRST_STEPS = 3  # in which a GPU warms up; one of PPO
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -61,6 +65,7 @@ class Clock(NullTrack):
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.speeds: list[float] = []
+        self.engine_kl: list[float] = []
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Take the time of a loss, which has come from the GPU, or a speed."""
@@ -68,6 +73,8 @@ class Clock(NullTrack):
             self.ends.append(time.perf_counter())
         if "episodes_per_second" in values:
             self.speeds.append(values["episodes_per_second"])
+        if "engine_kl" in values:
+            self.engine_kl.append(values["engine_kl"])
 
     @property
     def speed(self) -> float:
@@ -90,9 +97,12 @@ def params(row: str, precision: str, base: Mapping[str, Any]) -> dict[str, Any]:
     finetune["lora"] = {"learning_rate": base["finetune"]["lora"]["learning_rate"], **LORA}
     ppo = {**base["ppo"], "prompts": "all", "steps": PPO_STEPS, "checkpoint_every": 10 * PPO_STEPS}
     ppo |= {"value": {"trunk": "shared", "source": None}, "lora": {**base["ppo"]["lora"], **LORA, "dropout": 0}}
+    long = row.endswith(("long", "vllm"))
+    episodes, response = (MANY_EPISODES, LONG_RESPONSE) if long else (EPISODES, RESPONSE)
     ppo["rollouts"] = {
-        **ppo["rollouts"], "episodes": EPISODES, "answers": ANSWERS, "batch_size": EPISODES,
-        "max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE,
+        **ppo["rollouts"], "episodes": episodes, "answers": ANSWERS, "batch_size": episodes,
+        "max_prompt_tokens": PROMPT, "max_response_tokens": response,
+        "engine": ENGINE if row == ENGINE_ROW else None,
     }  # fmt: skip
     ppo["update"] = {
         **ppo["update"], "epochs": 1, "minibatches": 2, "micro_batch_size": MICRO_BATCH, "stop_at_kl": None,
@@ -151,7 +161,7 @@ def prepare(model: str, found: Mapping[str, Any], folder: Path) -> None:
         file.write_text("".join(record.line() + "\n" for record in records), encoding="utf-8")
 
 
-def measure(name: str, folder: Path, base: Mapping[str, Any]) -> dict[str, float]:
+def measure(name: str, folder: Path, base: Mapping[str, Any]) -> dict[str, Any]:
     """Run the stage of `name` in this process; its speed, and its peaks of memory in bytes."""
     import torch
 
@@ -179,6 +189,7 @@ def measure(name: str, folder: Path, base: Mapping[str, Any]) -> dict[str, float
             finetune.finetune(read_section(data, "finetune", finetune.Params), *places, context)
     return {
         "speed": clock.speed,
+        "engine_kl": statistics.fmean(clock.engine_kl) if clock.engine_kl else None,
         "allocated": torch.cuda.max_memory_allocated() - left,
         "reserved": torch.cuda.max_memory_reserved() - left,
     }
@@ -197,6 +208,7 @@ def run(model: str, names: Sequence[str], folder: Path, base: Mapping[str, Any])
             yield {
                 "speed": round(measured["speed"], 2),
                 "reserved_mb": round(measured["reserved"] / 1e6),
+                **({} if measured["engine_kl"] is None else {"engine_kl": round(measured["engine_kl"], 5)}),
                 **compared(name, model, measured["allocated"], base),
             }
 
@@ -249,7 +261,9 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     """Measure the rows one after another; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument(
+        "--rows", nargs="+", choices=(*ROWS, ENGINE_ROW), default=list(ROWS), metavar="ROW"
+    )
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="MODEL")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--out", type=Path, default=RESULT)

@@ -112,7 +112,7 @@ def test_the_guard_stops_a_reward_that_wants_length_alone(on_stop: str, code: in
     workplace = with_model(tmp_path, "t5")
     section = ppo_section(**LONGER)
     section["guard"] |= {
-        "limits": {**WIDE, "length_ratio_high": 1.2, "kl": 0.5},
+        "limits": {**WIDE, "length_ratio_high": 1.2, "kl": 0.02},  # broken at most checks, whatever the seed
         "every": 1,
         "on_stop": on_stop,
     }
