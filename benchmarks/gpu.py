@@ -261,9 +261,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     """Measure the rows one after another; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--rows", nargs="+", choices=(*ROWS, ENGINE_ROW), default=list(ROWS), metavar="ROW"
-    )
+    parser.add_argument("--rows", nargs="+", choices=(*ROWS, ENGINE_ROW), default=list(ROWS), metavar="ROW")
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="MODEL")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--out", type=Path, default=RESULT)
