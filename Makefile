@@ -32,7 +32,7 @@ check: setup
 	@infra/audit
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 ui: setup
 	@$(BIN)/lifecycle ui

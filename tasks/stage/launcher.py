@@ -34,6 +34,8 @@ def main() -> int:
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # on the way out torch's handler would leave a traceback
     return 0
 
 
