@@ -185,7 +185,7 @@ def test_every_method_is_near_the_peak_that_was_measured(benchmark: ModuleType, 
         given = benchmark.params(row, family, params())
         needed = stages.needs(stage, given, tmp_path, stages.rough).memory.total / 1e6
         assert 0.8 < needed / found["measured_mb"] < 1.2, name
-        assert needed == pytest.approx(found["estimated_mb"], rel=0.05), name  # adapters are left out here
+        assert needed == pytest.approx(found["estimated_mb"], rel=0.06), name  # adapters are left out here
 
 
 def test_estimates_are_near_what_was_measured_on_a_gpu() -> None:

@@ -84,7 +84,8 @@ def kept(method: str, options: Mapping[str, Any]) -> Kept:
                 attention=attention,
                 feed_forward=everything or (names is not None and bool(set(names) - ATTENTION_NAMES)),
                 rank=options["r"],
-                copies=2 if method == "qlora" else 1,  # PEFT clones what a 4-bit layer gives
+                # PEFT clones what a 4-bit layer gives; without dropout tasks/lm/lora.py adds in place
+                copies=2 if method == "qlora" else int(options["dropout"] > 0),
                 dropout=options["dropout"],
                 encoder=options.get("encoder", True),
             )

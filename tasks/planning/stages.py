@@ -251,7 +251,7 @@ def _held_of_answers(shape: Shape, keep: Kept, rows: int, section: Params, on: T
 def _ppo(data: Params, root: Path, count: Count, on: Target) -> Need:
     section, config = data["ppo"], model_config(data, root)
     shape, method = replace(_shape(config), dropout=0.0), section["method"]  # it is off
-    options = dict(section["lora"]) if method == "lora" else {}
+    options = {**section["lora"], "dropout": 0.0} if method == "lora" else {}
     found = count(config, method, options)
     rollouts, update = section["rollouts"], section["update"]
     prompt, response = rollouts["max_prompt_tokens"], rollouts["max_response_tokens"]
