@@ -3,13 +3,15 @@
 Fine-tuning and PPO, in full and with LoRA, of models with random weights: 248 and 494 million parameters.
 Each runs its stage for a few steps, with prompts and answers cut at their limits, so that the lengths are
 those that `lifecycle plan` knows. Speed is that of the median step, the first ones left out; memory is the most
-that tensors of this process take on the GPU at once. The row `ppo_lora_vllm` has the answers of `ppo_lora_long`
-sampled by vLLM, where `make vllm` has set it up.
+that tensors of this process take on the GPU at once. Two rows run when they are named: `ppo_lora_long`, with
+many long answers, and `ppo_lora_vllm`, the same with vLLM sampling them (that of `make vllm`, or of the
+interpreter that VLLM_PYTHON names).
 
     python benchmarks/gpu.py [--rows finetune_lora ppo_lora] [--models qwen2.5-0.5b] [--precisions bf16]
+    python benchmarks/gpu.py --rows ppo_lora_long ppo_lora_vllm --models qwen2.5-0.5b --precisions bf16
 
 Prints a table and writes benchmarks/results/gpu.json; exits with 3 when an estimate leaves the bounds. It takes
-some minutes, wants a GPU with 40 GB, and no hub.
+some minutes, wants a GPU with 40 GB (the two rows: 141 GB), and no hub.
 """
 
 import argparse
@@ -47,8 +49,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-ROWS = ("finetune_full", "finetune_lora", "ppo_full", "ppo_lora", "ppo_lora_prompts", "ppo_lora_long")
-ENGINE_ROW = "ppo_lora_vllm"
+ROWS = ("finetune_full", "finetune_lora", "ppo_full", "ppo_lora", "ppo_lora_prompts")
+LONG_ROWS = ("ppo_lora_long", "ppo_lora_vllm")
 ENGINE = {"python": os.environ.get("VLLM_PYTHON", ".venv-vllm/bin/python"), "memory": 0.3}
 PRECISIONS = ("bf16", "fp32")
 PROMPT, RESPONSE, VOCABULARY = 512, 48, 900
@@ -97,12 +99,11 @@ def params(row: str, precision: str, base: Mapping[str, Any]) -> dict[str, Any]:
     finetune["lora"] = {"learning_rate": base["finetune"]["lora"]["learning_rate"], **LORA}
     ppo = {**base["ppo"], "prompts": "all", "steps": PPO_STEPS, "checkpoint_every": 10 * PPO_STEPS}
     ppo |= {"value": {"trunk": "shared", "source": None}, "lora": {**base["ppo"]["lora"], **LORA, "dropout": 0}}
-    long = row.endswith(("long", "vllm"))
-    episodes, response = (MANY_EPISODES, LONG_RESPONSE) if long else (EPISODES, RESPONSE)
+    episodes, response = (MANY_EPISODES, LONG_RESPONSE) if row in LONG_ROWS else (EPISODES, RESPONSE)
     ppo["rollouts"] = {
         **ppo["rollouts"], "episodes": episodes, "answers": ANSWERS, "batch_size": episodes,
         "max_prompt_tokens": PROMPT, "max_response_tokens": response,
-        "engine": ENGINE if row == ENGINE_ROW else None,
+        "engine": ENGINE if row == "ppo_lora_vllm" else None,
     }  # fmt: skip
     ppo["update"] = {
         **ppo["update"], "epochs": 1, "minibatches": 2, "micro_batch_size": MICRO_BATCH, "stop_at_kl": None,
@@ -261,7 +262,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     """Measure the rows one after another; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=(*ROWS, ENGINE_ROW), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS + LONG_ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="MODEL")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--out", type=Path, default=RESULT)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -28,16 +29,17 @@ class LowRankUpdate(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, inner = ctx.saved_tensors
-        of_y = outer[0].flatten(0, -2)
-        of_inner = (b.T @ of_y.T).mul_(ctx.scaling)
-        of_a = of_inner @ x.flatten(0, -2)
-        of_b = (inner.flatten(0, -2).T @ of_y).mul_(ctx.scaling).T
-        of_x = None
+        grad_y = grad.flatten(0, -2)
+        grad_inner = (b.T @ grad_y.T).mul_(ctx.scaling)
+        grad_a = grad_inner @ x.flatten(0, -2)
+        grad_b = (inner.flatten(0, -2).T @ grad_y).mul_(ctx.scaling).T
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (of_y @ weight).addmm_(of_inner.T, a).view(x.shape)
-        return of_x, None, None, of_a, of_b, None
+            grad_x = (grad_y @ weight).addmm_(grad_inner.T, a).view(x.shape)
+        return grad_x, None, None, grad_a, grad_b, None
 
 
 class LoraLinear(Linear):  # type: ignore[misc]
@@ -45,7 +47,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The layer's output `[..., O]` of x `[..., I]`."""
-        adapter = self._the_adapter(x)
+        adapter = self._only_adapter(x)
         if adapter is None or args or options:
             other: Tensor = super().forward(x, *args, **options)
             return other
@@ -53,7 +55,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
         y: Tensor = LowRankUpdate.apply(x, base.weight, base.bias, a.weight, b.weight, self.scaling[adapter])  # type: ignore[no-untyped-call]
         return y
 
-    def _the_adapter(self, x: Tensor) -> str | None:
+    def _only_adapter(self, x: Tensor) -> str | None:
         """The one adapter that counts now; None where there are more or none, or there is more to do."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None

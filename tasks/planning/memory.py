@@ -71,7 +71,7 @@ CPU = Target()
 ATTENTION_NAMES = {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def kept(method: str, options: Mapping[str, Any]) -> Kept:
+def kept(method: str, options: Mapping[str, Any], on: Target = CPU) -> Kept:
     """What is kept for the gradients of a method (tasks/lm/peft.py)."""
     match method:
         case "full":
@@ -84,8 +84,8 @@ def kept(method: str, options: Mapping[str, Any]) -> Kept:
                 attention=attention,
                 feed_forward=everything or (names is not None and bool(set(names) - ATTENTION_NAMES)),
                 rank=options["r"],
-                # PEFT clones what a 4-bit layer gives; without dropout tasks/lm/lora.py adds in place
-                copies=2 if method == "qlora" else int(options["dropout"] > 0),
+                # PEFT clones what a 4-bit layer gives; tasks/lm/lora.py adds in place, where it is at work
+                copies=2 if method == "qlora" else int(options["dropout"] > 0 or on.mixed),
                 dropout=options["dropout"],
                 encoder=options.get("encoder", True),
             )

@@ -158,7 +158,7 @@ def _finetune(data: Params, root: Path, count: Count, on: Target) -> Need:
     options = _options(section["lora" if method == "qlora" else method])
     shape, found = _shape(config), count(config, method, options)
     lengths = (section["max_prompt_tokens"], section["max_response_tokens"])
-    keep, schedule = memory.kept(method, options), section["schedule"]
+    keep, schedule = memory.kept(method, options, on), section["schedule"]
     need = _training(
         "finetune", shape, found, keep, schedule, lengths, on, FLOAT * found.total, _processes(data)
     )
@@ -181,7 +181,7 @@ def _reward(data: Params, root: Path, count: Count, on: Target) -> Need:
     options = _options(section[method])
     found = count(config, method, options)
     completions = data["feedback"]["source"].get("completions", 2)
-    keep = memory.kept(method, options)
+    keep = memory.kept(method, options, on)
     prompt, response = section["max_prompt_tokens"], section["max_response_tokens"]
     windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
     # all answers stand side by side in one row, but where attention has a window
