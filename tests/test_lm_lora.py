@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from lm_toys import FAMILIES, shake, texts, toy
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from tasks.lm import lora
+from tasks.lm import lora, peft
 from tasks.lm.collate import collate, encode_prompts, encode_responses
 from tasks.lm.lora import LoraLinear, LowRankUpdate
 from tasks.lm.model import LanguageModel
@@ -122,6 +123,27 @@ def test_a_second_adapter_and_one_that_is_off_are_pefts_business(taken: list[tor
     added = layer.scaling["second"] * layer.lora_B["second"](layer.lora_A["second"](x))
     torch.testing.assert_close(layer(x), alone + added)
     assert len(taken) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_other_kinds_of_lora_are_pefts_business(more: dict[str, Any], taken: list[torch.Size]) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+    layer = layer_of(LanguageModel(peft._wrap(toy("llama").model, config), toy("llama").tokenizer))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, layer.in_features)
+    assert torch.equal(layer(x), Linear.forward(layer, x))
+    assert not torch.allclose(layer(x), layer.base_layer(x))
+    assert not taken
+
+
+def test_a_second_derivative_is_refused() -> None:
+    a, b, x = (torch.randn(2, 2, requires_grad=True) for _ in range(3))
+    y = LowRankUpdate.apply(x, torch.eye(2), None, a, b, 1.0)  # type: ignore[no-untyped-call]
+    [first] = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_mixed_precision_and_a_base_that_is_trained_are_pefts_business(taken: list[torch.Size]) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tasks.lm import peft
 from tasks.lm.collate import Batch, collate, encode_prompts, encode_responses
+from tasks.lm.lora import LoraLinear
 from tasks.lm.model import LanguageModel, is_adapter, load, save
 from tasks.lm.peft import adapt, load_nf4, merged_to_answer, parameter_counts
 from tasks.lm.respond import generate, respond, response_logits, response_logprobs
@@ -184,6 +185,7 @@ def test_qlora_trains_lora_on_a_base_in_four_bits(family: str, tmp_path: Path) -
     lm = tuned(base, "qlora")
     kinds = {type(parameter).__name__ for parameter in lm.model.parameters()}
     assert "Params4bit" in kinds
+    assert not any(isinstance(module, LoraLinear) for module in lm.model.modules()), "PEFT merges its own"
     full = parameter_counts(load(base, COMPUTE))[1]
     trainable, total = parameter_counts(lm)
     assert (trainable, total) == (parameter_counts(tuned(base, "lora"))[0], full + trainable)

@@ -48,6 +48,13 @@ def step(self, number, *arguments, _whole=Ppo.step):
     return _whole(self, number, *arguments)
 Ppo.step = step
 """
+# The launcher is asked to stop when it has nothing left to do.
+STOP_ON_THE_WAY_OUT = """
+import atexit, os, signal
+
+if "RANK" not in os.environ:
+    atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+"""
 AS_ON_GPU = """
 import os
 import torch
@@ -125,7 +132,8 @@ def ppos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     separate = {"trunk": "separate", "source": None}
     update = {**UPDATE, "micro_batch_size": 3}
     workplace.set(ppo=ppo_section(value=separate, update=update, steps=5, checkpoint_every=4))
-    return both(workplace, "ppo")
+    elastic = "torch.distributed.elastic.multiprocessing.api"
+    return both(workplace, "ppo", **fault_in_stage(workplace.root, elastic, STOP_ON_THE_WAY_OUT))
 
 
 def test_a_base_model_learns_as_with_one(bases: tuple[Path, Path, str]) -> None:
@@ -161,13 +169,14 @@ def test_a_reward_model_learns_as_with_one(tmp_path: Path) -> None:
 
 
 def test_ppo_learns_as_with_one(ppos: tuple[Path, Path, str]) -> None:
-    one, two, _ = ppos
+    one, two, said = ppos
     assert_as_one(
         one, two, "ppo", "steps", ("reward", "kl", "policy_loss", "value_loss", "entropy", "update_kl")
     )
     assert numbers(one / "reports/ppo/held_out.csv") == [
         pytest.approx(row, abs=TOLERANCE) for row in numbers(two / "reports/ppo/held_out.csv")
     ]
+    assert "Traceback" not in said, "a launcher that is told to stop on its way out has nothing to say"
 
 
 def test_a_student_learns_as_with_one(tmp_path: Path) -> None:
