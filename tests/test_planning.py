@@ -188,6 +188,32 @@ def test_every_method_is_near_the_peak_that_was_measured(benchmark: ModuleType, 
         assert needed == pytest.approx(found["estimated_mb"], rel=0.06), name  # adapters are left out here
 
 
+@pytest.mark.parametrize(
+    ("method", "dropout", "on", "copies"),
+    [
+        ("lora", 0.0, memory.CPU, 0),
+        ("lora", 0.1, memory.CPU, 1),
+        ("lora", 0.0, memory.Target(mixed=True), 1),
+        ("qlora", 0.0, memory.CPU, 2),
+    ],
+)
+def test_lora_copies_what_a_layer_gives_where_pefts_layer_is_at_work(
+    method: str, dropout: float, on: memory.Target, copies: int
+) -> None:
+    assert memory.kept(method, {**LORA, "dropout": dropout}, on).copies == copies
+
+
+@pytest.mark.parametrize(("stage", "grows"), [("finetune", True), ("ppo", False)])
+def test_dropout_of_lora_costs_memory_but_in_ppo_where_it_is_off(
+    stage: str, grows: bool, tmp_path: Path
+) -> None:
+    def total(dropout: float) -> float:
+        given = fit.changed(params(), {f"{stage}.method": "lora", f"{stage}.lora.dropout": dropout})
+        return stages.needs(stage, given, tmp_path, stages.rough).memory.total
+
+    assert (total(0.1) > total(0.0)) is grows
+
+
 def test_estimates_are_near_what_was_measured_on_a_gpu() -> None:
     gpu = module("gpu")
     low, high = gpu.BOUNDS
