@@ -63,7 +63,7 @@ def fault_in_stage(root: Path, module: str, code: str) -> dict[str, str]:
     It finds its code through a package `tasks` that is written there.
     """
     package = root / "tasks" / "__init__.py"
-    package.parent.mkdir()
+    package.parent.mkdir(exist_ok=True)
     package.write_text(f"__path__.append({str(Path(tasks.__file__).parent)!r})\n{HOOK}")
     return {"FAULT_MODULE": module, "FAULT_CODE": code}
 
