@@ -35,6 +35,7 @@ from tasks.stage import warm
 RUNNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 ADDRESS = f"\0lifecycle-commands-{os.getuid()}-{RUNNER}"
 SECONDS_TO_START = 300.0  # on a machine that is busy with other things too
+SECONDS_TO_END = 240.0
 ARGUMENTS = "COMMAND_HOST_ARGUMENTS"
 THERE = sys.platform == "linux"  # elsewhere there are no such addresses, and every command is started plainly
 LIBRARIES = (
@@ -51,7 +52,8 @@ _started: list[int] = []
 class Command:
     """A command that runs: what a Popen of it would be, as far as tests ask.
 
-    `stdout` has what it writes, to stderr too. It is killed when this process ends.
+    `stdout` has what it writes, to stderr too, unless it was given a file for that. It is killed when this
+    process ends.
     """
 
     def __init__(self, connection: socket.socket, pid: int, stdout: IO[str] | None) -> None:
@@ -64,13 +66,25 @@ class Command:
             self._connection.settimeout(timeout)
             try:
                 ended = self._connection.recv(warm.LARGEST_MESSAGE)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0) from None
             assert ended, "the host of the commands has ended"
             self._connection.close()
             self.returncode: int | None = int(ended)
         assert self.returncode is not None
         return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """What it has still to write until it ends."""
@@ -82,7 +96,7 @@ class Command:
 
 
 def run(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float = SECONDS_TO_END
 ) -> "subprocess.CompletedProcess[str]":
     """As subprocess.run, with what the command writes to stdout and stderr.
 
@@ -109,8 +123,15 @@ def run_plainly(
     )
 
 
-def start(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Command:
-    """Start the command in a session of its own and leave it running."""
+def start(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path | None = None
+) -> Command:
+    """Start the command in a session of its own and leave it running; it writes to a pipe, or to `log`."""
+    if log is not None:
+        with log.open("wb") as output:
+            started = _fork(command, folder, environment, output.fileno(), output.fileno())
+        assert started is not None, "nothing for the host"
+        return Command(*started, None)
     reading, writing = os.pipe()
     started = _fork(command, folder, environment, writing, writing)
     os.close(writing)

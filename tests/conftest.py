@@ -159,9 +159,10 @@ def prefect_home(prefect_template: Path, tmp_path_factory: pytest.TempPathFactor
     return Path(shutil.copytree(prefect_template, tmp_path_factory.mktemp("home") / "prefect"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prefect_server(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["PrefectServer"]:
-    """A Prefect server that the tests share; one that kills it starts it again."""
+    """A Prefect server that the tests of a file share (idle it takes a thirtieth of a core); one that kills it
+    starts it again."""
     from prefect_server import PrefectServer
 
     with PrefectServer(tmp_path_factory.mktemp("server"), prefect_home) as running:

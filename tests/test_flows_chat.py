@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import browser
+import command_host
 import pytest
 from playground_toys import HOSTILE, ROOT, lay_out
 from toy import until
@@ -65,7 +65,7 @@ class Service(NamedTuple):
     """The command, running with a password."""
 
     url: str
-    process: "subprocess.Popen[str]"
+    process: command_host.Command
     log: Path
 
 
@@ -73,20 +73,15 @@ class Service(NamedTuple):
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = lay_out(tmp_path_factory.mktemp("chat"))
     port, log = server.free_port(), root / "chat.log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), pages.PASSWORD: PASSWORD}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "chat", "--port", str(port)],
-            cwd=root, env=environment, stdout=output, stderr=output, text=True, start_new_session=True,
-        )  # fmt: skip
+    command = [sys.executable, "-m", "flows.cli", "chat", "--port", str(port)]
+    process = command_host.start(command, root, {**os.environ, pages.PASSWORD: PASSWORD}, log)
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: process.poll() is not None or url in log.read_text(), "the page", seconds=120)
         assert process.poll() is None, log.read_text()
         yield Service(f"{url}/", process, log)
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
 
 

@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import browser
+import command_host
 import pytest
 import yaml
 from alignment_stages import reward_section, with_model
@@ -49,17 +49,12 @@ class Service:
     def __init__(self, root: Path) -> None:
         self.root, self.port = root, server.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: command_host.Command | None = None
 
     def start(self, *options: str) -> None:
         log = self.root / "label.log"
         command = [sys.executable, "-m", "flows.cli", "label", "--port", str(self.port), "--overlap", "1"]
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*command, *options],
-                cwd=self.root, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=output, stderr=output,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+        self.process = command_host.start([*command, *options], self.root, os.environ, log)
         until(lambda: self.url in log.read_text() or self.end(None) is not None, "the page", SECONDS)
         assert self.process.poll() is None, log.read_text()
 
@@ -189,11 +184,7 @@ def test_the_page_fits_its_window(tab: browser.Browser, service: Service, width:
 
 
 def test_a_second_page_says_where_the_first_is(service: Service) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "label"], cwd=service.root,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=SECONDS,
-        check=False,
-    )  # fmt: skip
+    done = command_host.run([sys.executable, "-m", "flows.cli", "label"], service.root, os.environ)
     assert done.returncode == 75
     assert f"served already by process {service.process.pid}: {service.url}" in done.stderr
 

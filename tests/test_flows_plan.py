@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_host
 import psutil
 import pytest
 import yaml
@@ -37,9 +38,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lifecycle(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    return command_host.run([sys.executable, "-m", "flows.cli", *arguments], root, os.environ)
 
 
 def test_the_command_refuses_and_names_what_makes_it_fit(workspace: Path) -> None:

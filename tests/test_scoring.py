@@ -2,16 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import command_host
 import pytest
 from classifier_toys import toy_classifier
 from lm_toys import COMPUTE
-from playground_toys import ROOT, lay_out
+from playground_toys import lay_out
 
 from flows.score import score
 from tasks.lm.classifier import load_classifier, save_classifier, scores
@@ -196,15 +196,12 @@ def test_files_that_cannot_be(root: Path, tmp_path: Path) -> None:
 def test_the_command(root: Path, tmp_path: Path) -> None:
     source, output = lines(tmp_path / "in.jsonl", ROWS[:2]), tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "flows.cli", "score", "base", "--input", source.name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def call(*options: str) -> tuple[int, str, str]:
         # the files are seen from where the command is given, which is below the root of the repository
         there = root / "data"
         relative = [os.path.relpath(source, there) if word == source.name else word for word in command]
-        done = subprocess.run(
-            [*relative, *options], cwd=there, env=environment, capture_output=True, text=True, check=False
-        )
+        done = command_host.run([*relative, *options], there, os.environ)
         return done.returncode, done.stdout, done.stderr
 
     assert call("--output", os.path.relpath(output, root / "data"))[:2] == (0, f"2 rows in {output}\n")
