@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -240,20 +240,26 @@ def checkout(root: Path, *options: str) -> None:
         raise UserError(f"dvc checkout in {root}: {_last_line(done.stderr, 'no reason given')}")
 
 
-def order_lock(root: Path, names: Sequence[str]) -> None:
-    """Write dvc.lock in the order of the graph, so that a parallel run leaves the bytes of a serial one."""
+def order_lock(root: Path) -> None:
+    """Write dvc.lock in the order of the graph, so that a parallel run leaves the bytes of a serial one.
+
+    Raises UserError when dvc.yaml is wrong.
+    """
     from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
     path = root / LOCK_FILE
     with _repository(root, wait=True) as repository, repository.lock:
         if not path.exists() or _lock_fault(path):
             return  # `mend` sees to it when the next run starts
-        text = path.read_text(encoding="utf-8")
-        data = parse_yaml_for_update(text, str(path))
-        place = {name: number for number, name in enumerate(names)}
-        entries = sorted(data["stages"].items(), key=lambda entry: place.get(entry[0], len(place)))
-        if [name for name, _ in entries] != list(data["stages"]):
-            data["stages"] = dict(entries)
+        place = {name: number for number, name in enumerate(_graph(repository))}
+
+        def ordered(names: Iterable[str]) -> list[str]:
+            return sorted(names, key=lambda name: place.get(name, len(place)))
+
+        found = list(_recorded(repository))
+        if found != ordered(found):
+            data = parse_yaml_for_update(path.read_text(encoding="utf-8"), str(path))
+            data["stages"] = {name: data["stages"][name] for name in ordered(found)}
             write_text(path, dumps_yaml(data))
 
 

@@ -169,7 +169,7 @@ class Run:
             if result.state in ("waiting", "running"):
                 result.state = "stopped" if self.stop.is_set() else "not run"
         if self.due:
-            pipeline.order_lock(self.root, list(pipeline.read_graph(self.root)))
+            pipeline.order_lock(self.root)
         if self.parent is not None:
             if page is not None:
                 self.parent.artifact(page)

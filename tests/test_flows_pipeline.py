@@ -159,7 +159,7 @@ def test_dvc_lock_is_put_in_the_order_of_the_graph(toy: Toy) -> None:
     lock = toy.lock()
     lock["stages"] = dict(reversed(lock["stages"].items()))
     path.write_text(yaml.safe_dump(lock, sort_keys=False))
-    pipeline.order_lock(toy.root, list(pipeline.read_graph(toy.root)))
+    pipeline.order_lock(toy.root)
     assert path.read_bytes() == right
 
 

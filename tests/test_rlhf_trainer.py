@@ -245,7 +245,7 @@ def test_it_comes_near_to_a_known_optimum_and_does_not_pass_it(family: str) -> N
     steps = 30
     ppo = trainer(
         policy, steps, reward=says_b, beta=BETA, max_response_tokens=2, unfinished_penalty=0.0, episodes=32,
-        learning_rate=0.003, value_learning_rate=0.03, epochs=4, minibatches=1,
+        batch_size=32, learning_rate=0.003, value_learning_rate=0.03, epochs=4, minibatches=1,
     )  # fmt: skip
     row = prompts(policy, ONE)
     for number in range(steps):
