@@ -20,6 +20,7 @@ from flows import child
 from flows.processes import Stopped, end_group
 from tasks.stage.errors import TryAgain
 
+ENVIRONMENT = {"PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false"}  # nobody here uses them
 SECONDS_TO_START = 90
 SECONDS_TO_ANSWER = 3.0
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -63,13 +64,18 @@ def temporary(root: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         end_group(process, seconds=5)
 
 
+def arguments(port: int, *options: str) -> tuple[str, ...]:
+    """What `prefect` is told to start a server on this machine alone."""
+    return ("server", "start", "--host", "127.0.0.1", "--port", str(port), *options)
+
+
 def start(root: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
     """Start a server on this machine alone; it ends with this process."""
     log = root / ".work" / "prefect-server.log"
     with log.open("wb") as output:
         return subprocess.Popen(
-            child.command("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), *options),
-            env={**os.environ, "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false"},
+            child.command("prefect", *arguments(port, *options)),
+            env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -41,6 +41,8 @@ THERE = sys.platform == "linux"  # elsewhere there are no such addresses, and ev
 LIBRARIES = (
     "prefect.flow_engine", "prefect.task_engine", "prefect.artifacts", "prefect.client.orchestration",
     "prefect.events.worker", "prefect.futures", "prefect.runtime.flow_run", "prefect.task_runners",
+    "prefect.cli._app", "prefect.cli.server", "prefect.cli._server_utils", "prefect.server.api.server",
+    "uvicorn",
     "dvc.cli", "dvc.repo.reproduce", "dvc.repo.status", "dvc.commands.repro", "dvc.commands.status",
     "dvc.stage.cache", "dvc.fs.dvc", "dvc_data.hashfile.build", "dvc_http", "scmrepo.git", "networkx",
     "fastapi", "typer", "rich.table", "ruamel.yaml", "psutil", "mlflow.tracking", "transformers",
@@ -184,6 +186,7 @@ class Prefect(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._kept = {
             name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "prefect"
         }
+        self._spec = self._kept["prefect"].__spec__
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         return importlib.util.spec_from_loader(name, self) if name == "prefect" else None
@@ -192,7 +195,8 @@ class Prefect(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         sys.meta_path.remove(self)
         return self._kept["prefect"]
 
-    def exec_module(self, _: ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
         sys.modules.update(self._kept)
         from prefect.context import refresh_global_settings_context
         from prefect.logging.configuration import PROCESS_LOGGING_CONFIG, setup_logging
@@ -220,6 +224,8 @@ def _become(request: warm.Request, connection: socket.socket) -> None:
         del sys.modules[name]  # the folder may have its own
     sys.meta_path.insert(0, Prefect())
     importlib.invalidate_caches()
+    if request.module == "prefect":
+        importlib.import_module("prefect")
     try:
         runpy.run_module(request.module, run_name="__main__", alter_sys=True)
         code = 0

@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,14 +119,20 @@ def real_data(repository: Path) -> Path:
     return folder
 
 
+def run_forked(*command: str, **environment: str) -> None:
+    """Run `python -m ...` to its good end, forked from the process that has its libraries."""
+    import command_host
+
+    done = command_host.run([sys.executable, "-m", *command], Path.cwd(), {**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
 def mlflow_template(make_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """An MLflow store without runs. Making one takes seconds: tests copy this file."""
 
     def make(folder: Path) -> None:
-        script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-        store = f"sqlite:///{folder / 'mlflow.db'}"
-        subprocess.run([sys.executable, "-c", script, store], check=True, capture_output=True)
+        run_forked("mlflow", "experiments", "search", MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}")
 
     return make_once("mlflow", make) / "mlflow.db"
 
@@ -137,9 +142,7 @@ def prefect_template(make_once: Callable[[str, Callable[[Path], None]], Path]) -
     """A PREFECT_HOME without runs. A server takes ten seconds to make its tables: tests copy this folder."""
 
     def make(folder: Path) -> None:
-        command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-        environment = {**os.environ, "PREFECT_HOME": str(folder)}
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+        run_forked("prefect", "server", "database", "upgrade", "--yes", PREFECT_HOME=str(folder))
 
     return make_once("prefect", make)
 

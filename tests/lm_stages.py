@@ -19,7 +19,7 @@ from tasks.stage import warm
 ROOT = Path(__file__).parents[1]
 # the host of all workers of this session lives as long as whoever started them
 RUNNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-WARM = {warm.VARIABLE: str(RUNNER), "PYTHONPATH": str(ROOT)}
+WARM = {warm.VARIABLE: str(RUNNER)}
 RATES = {"full": 0.01, "lora": 0.02, "prompt_tuning": 1.0, "prefix_tuning": 2.0, "ia3": 0.1, "bitfit": 0.05}
 SCHEDULE_HERE: dict[str, Any] = {**SCHEDULE, "batch_size": 8, "checkpoint_every": 4}
 

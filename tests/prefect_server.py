@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
-import pytest
+import command_host
 
-from flows import processes, server
+from flows import server
 
 TRIES = 30
 
@@ -26,22 +26,23 @@ class PrefectServer:
         (folder / ".work").mkdir(exist_ok=True)
         self.folder, self.home, self.port = folder, home, server.free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: command_host.Command | None = None
 
     def __enter__(self) -> Self:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_HOME", str(self.home))
-            self.process = server.start(self.folder, self.port, "--no-ui")
+        environment = {**os.environ, **server.ENVIRONMENT, "PREFECT_HOME": str(self.home)}
+        command = [sys.executable, "-m", "prefect", *server.arguments(self.port, "--no-ui")]
+        self.process = command_host.start(
+            command, self.folder, environment, self.folder / ".work" / "prefect-server.log"
+        )
         server.await_start(self.url, self.process, Event(), seconds=300)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process is not None
-        processes.end_group(self.process, seconds=5)
+        self.kill()
 
     def kill(self) -> None:
         assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
 

@@ -92,11 +92,9 @@ class Clone:
         tracking: str = "off",
         run: Callable[..., "subprocess.CompletedProcess[str]"] = command_host.run,
     ) -> str:
-        """What a command writes that ends well; one that is run plainly may fork its stages."""
+        """What a command writes that ends well."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking}
-        if run is command_host.run_plainly:
-            environment |= WARM
+        environment = {**os.environ, "PATH": path, "LIFECYCLE_TRACKING": tracking, **WARM}
         done = run([sys.executable, "-m", *command], self.root, environment, SECONDS)
         assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -155,7 +153,7 @@ def test_a_second_run_starts_no_process_and_dvc_agrees(clone: Clone) -> None:
 def test_a_stage_again_by_force_leaves_the_same_bytes_and_what_needs_it_as_it_is(clone: Clone) -> None:
     """The first of all; the tests of each other stage run it twice."""
     starts, lock, metrics = clone.starts(), clone.lock(), clone.metrics()
-    clone.call("flows.cli", "run", "--force", "--stage", "prepare", run=command_host.run_plainly)
+    clone.call("flows.cli", "run", "--force", "--stage", "prepare")
     after = clone.starts()
     assert {stage for stage in after if after[stage] != starts[stage]} == {"prepare"}
     assert clone.lock() == lock

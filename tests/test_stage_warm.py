@@ -172,7 +172,7 @@ def test_when_its_starter_is_gone_the_child_saves_and_ends(folder: Folder, asked
 
 def test_an_interpreter_that_is_set_otherwise_starts_by_itself(folder: Folder, tmp_path: Path) -> None:
     folder.run("good")
-    found, _ = folder.run("good", PYTHONPATH=f"{WARM['PYTHONPATH']}{os.pathsep}{tmp_path}")
+    found, _ = folder.run("good", PYTHONPATH=str(tmp_path))
     assert "tasks.stage.warm" not in str(found["parent"])
 
 
