@@ -36,7 +36,7 @@ FOR_CHILDREN = "LIFECYCLE_WARM_CHILDREN"  # the same offer, for what a stage tha
 LIBRARIES = ("torch", "transformers.trainer", "peft", "datasets", "trl", "transformers.models.t5.modeling_t5")
 LATER = (  # what the first stage of a run can do without while it works
     "rouge_score.rouge_scorer", "sacrebleu", "sklearn.linear_model", "matplotlib.backends.backend_agg",
-    "compressed_tensors", "ruamel.yaml",
+    "matplotlib.figure", "compressed_tensors", "ruamel.yaml",
 )  # fmt: skip
 LARGEST_MESSAGE = 2**17
 SECONDS_TO_START = 60.0
