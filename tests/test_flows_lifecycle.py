@@ -73,7 +73,7 @@ def test_random_graphs_end_as_dvc_repro_ends_them(tmp_path: Path, served: str) -
     graph: dict[str, list[str]] = {}
     for seed in (1, 2):
         draw = random.Random(seed)
-        names = [f"s{seed}{number}" for number in range(4)]
+        names = [f"s{seed}{number}" for number in range(3)]
         for i, name in enumerate(names):
             graph[name] = sorted(draw.sample(names[:i], k=min(i, draw.randrange(3))))
     shuffled = dict(sorted(graph.items(), key=lambda _: draw.random()))
