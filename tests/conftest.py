@@ -33,6 +33,8 @@ for name in [
 ]:
     del os.environ[name]
 
+gc.set_threshold(100_000, 50, 100)  # looking for garbage as often as usual is a tenth of the tests' work
+
 SLOWEST = (  # begun first, so that no worker is left alone with one of them at the end
     "test_flows_lifecycle.py",
     "test_presets.py",
