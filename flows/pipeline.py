@@ -147,6 +147,7 @@ def run_stage(
     told: set[str] = set()
     while True:
         _wait_for_others(root, name, stop, lambda line: _tell_once(line, told, tell))
+        _progress_file(root, name).unlink(missing_ok=True)  # of an earlier run
         before = exit_record(root, name)
         try:
             status = processes.run(
@@ -187,7 +188,11 @@ def exit_record(root: Path, name: str) -> dict[str, Any]:
 
 def progress_record(root: Path, name: str) -> dict[str, Any]:
     """What a running stage says of its progress (description, done, total, figures, pid); empty if nothing."""
-    return _read_json(root / ".work" / name / "progress.json")
+    return _read_json(_progress_file(root, name))
+
+
+def _progress_file(root: Path, name: str) -> Path:
+    return root / ".work" / name / "progress.json"
 
 
 def recorded(root: Path) -> dict[str, dict[str, Any]]:

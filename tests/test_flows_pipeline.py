@@ -163,6 +163,18 @@ def test_dvc_lock_is_put_in_the_order_of_the_graph(toy: Toy) -> None:
     assert path.read_bytes() == right
 
 
+def test_a_stage_that_starts_does_not_show_how_far_an_earlier_run_came(toy: Toy) -> None:
+    """The stages of this toy say nothing of their progress."""
+    progress = toy.root / ".work" / "a" / "progress.json"
+    progress.parent.mkdir()
+    progress.write_text('{"description": "a", "done": 7, "total": 7}')
+    toy.settle()
+    assert pipeline.progress_record(toy.root, "a"), "nothing has run"
+    edit(toy, "a", cmd="mkdir -p data && echo anew > data/a.txt")
+    assert toy.settle().code == 0
+    assert pipeline.progress_record(toy.root, "a") == {}
+
+
 @pytest.mark.parametrize(
     ("code", "worth"), [(1, True), (75, True), (137, True), (124, True), (2, False), (3, False), (130, False)]
 )
