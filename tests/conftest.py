@@ -28,6 +28,8 @@ QUIET = {
     "NO_COLOR": "1",
 }
 os.environ.update(QUIET)  # before any library reads them, and inherited by every process a test starts
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every one of those would compile the project anew
+sys.dont_write_bytecode = False
 for name in [
     name for name in os.environ if name.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "LIFECYCLE_PARENT"))
 ]:
