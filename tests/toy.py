@@ -278,4 +278,4 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
