@@ -26,6 +26,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "NO_COLOR": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # nothing here compiles, and the compiler takes two seconds to import
 }
 os.environ.update(QUIET)  # before any library reads them, and inherited by every process a test starts
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every one of those would compile the project anew
