@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ QUIET = {
 os.environ.update(QUIET)  # before any library reads them, and inherited by every process a test starts
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every one of those would compile the project anew
 sys.dont_write_bytecode = False
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in the background of a shell; what is started inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in [
     name for name in os.environ if name.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "LIFECYCLE_PARENT"))
 ]:
