@@ -32,9 +32,7 @@ QUIET = {
 os.environ.update(QUIET)  # before any library reads them, and inherited by every process a test starts
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every one of those would compile the project anew
 sys.dont_write_bytecode = False
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # in the background of a shell; what is started inherits it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in [
     name for name in os.environ if name.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "LIFECYCLE_PARENT"))
@@ -107,7 +105,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def figures_as_they_come() -> Iterator[None]:
-    """A figure that is drawn in this process is drawn once, with nothing moved into place: a third of the work.
+    """A figure that is drawn in this process is drawn once, with nothing moved into place: half the work.
 
     What the stages' own processes draw is what users see.
     """
